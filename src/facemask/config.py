@@ -1,0 +1,279 @@
+"""What is checked about a config before torch is imported, and how mistakes are told.
+
+Everything here works on the composed config alone, so that a wrong key, value or pair stops in about a second.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from facemask.errors import UserError
+
+OmegaConf.register_new_resolver("facemask.slug", lambda text: re.sub(r"[/\\ ]+", "_", text), replace=True)
+
+OBJECTIVES = "facemask.modeling.objectives."
+NEEDS_TOKEN = {OBJECTIVES + "HardDistillation", OBJECTIVES + "SoftDistillation"}
+REFUSES_TOKEN = {OBJECTIVES + "LogitDistillation"}
+LABELS_ONLY = {OBJECTIVES + "Labels"}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[Any], bool]:
+    def inside(value: Any) -> bool:
+        if not _is_number(value) or value != value:
+            return False
+        return (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
+
+    return inside
+
+
+def _integer(low: int) -> Callable[[Any], bool]:
+    return lambda value: _is_int(value) and value >= low
+
+
+def _one_of(*names: str) -> Callable[[Any], bool]:
+    return lambda value: value in names
+
+
+_POSITIVE = (_number(0, float("inf"), open_low=True, open_high=True), "a number above 0")
+_NOT_NEGATIVE = (_number(0, float("inf"), open_high=True), "a number of at least 0")
+_SHARE = (_number(0, 1), "a number from 0 to 1")
+_SHARE_BELOW_1 = (_number(0, 1, open_high=True), "a number from 0 to below 1")
+_SHARE_ABOVE_0 = (_number(0, 1, open_low=True), "a number above 0 and at most 1")
+_COUNT = (_integer(1), "a whole number of at least 1")
+_WHOLE = (_integer(0), "a whole number of at least 0")
+
+# key -> (test, what the value must be). A key that a user's own group does not have is not checked.
+VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": _WHOLE,
+    "augment.mix_prob": _SHARE,
+    "augment.mixup_alpha": _NOT_NEGATIVE,
+    "augment.cutmix_alpha": _NOT_NEGATIVE,
+    "augment.seed": _WHOLE,
+    "data.batch_size": _COUNT,
+    "data.num_workers": _WHOLE,
+    "data.crop_pct": _SHARE_ABOVE_0,
+    "data.fraction": _SHARE_ABOVE_0,
+    "data.fold": _WHOLE,
+    "data.folds": (_integer(2), "a whole number of at least 2"),
+    "data.label_noise": _SHARE_BELOW_1,
+    "data.split_seed": _WHOLE,
+    "data.num_images": (_integer(20), "a whole number of at least 20"),
+    "data.states": (lambda value: value in (2, 5), "2 (with or without mask) or 5 (how the mask is worn)"),
+    "data.on_bad_file": (_one_of("error", "skip"), "error or skip"),
+    "data.max_pixels": _COUNT,
+    "distill.alpha": _SHARE,
+    "distill.base.alpha": _SHARE,
+    "distill.base.tau": _POSITIVE,
+    "distill.tau": _POSITIVE,
+    "distill.weight": _NOT_NEGATIVE,
+    "distill.reduction": (_one_of("batchmean", "numel"), "batchmean or numel"),
+    "evaluate.batch_size": _COUNT,
+    "evaluate.resamples": (_integer(100), "a whole number of at least 100"),
+    "model.img_size": _COUNT,
+    "model.depth": _COUNT,
+    "model.drop_rate": _SHARE_BELOW_1,
+    "model.drop_path_rate": _SHARE_BELOW_1,
+    "model.patch_embed": (_one_of("linear", "efficientnet_lite0"), "linear or efficientnet_lite0"),
+    "model.init": (_one_of("timm", "structured"), "timm or structured"),
+    "optim.lr": _POSITIVE,
+    "optim.lr_batch_size": _COUNT,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.layer_decay": _SHARE_ABOVE_0,
+    "optim.label_smoothing": _SHARE_BELOW_1,
+    "optim.warmup_fraction": _SHARE_BELOW_1,
+    "optim.min_lr_ratio": _SHARE,
+    "teacher.crossfit": _COUNT,
+    "teacher.epochs": _COUNT,
+    "teacher.img_size": _COUNT,
+    "teacher.lr": _POSITIVE,
+    "teacher.train": (_one_of("frozen", "finetune", "scratch"), "frozen, finetune or scratch"),
+    "teacher.weights": (_one_of("package", "hub"), "package, hub or null"),
+    "trainer.max_epochs": _COUNT,
+    "trainer.accumulate_grad_batches": _COUNT,
+}
+
+
+def has_token(cfg: DictConfig) -> bool:
+    """Whether the named timm model has a distillation token."""
+    return "distilled" in cfg.model.name
+
+
+def distills(cfg: DictConfig) -> bool:
+    """Whether the run needs a teacher."""
+    return cfg.distill._target_ not in LABELS_ONLY
+
+
+def check(cfg: DictConfig) -> None:
+    """Stop before anything is imported or written.
+
+    Raises:
+        UserError: a value is out of its range, or two choices cannot go together; names key and mend.
+    """
+    for key, (valid, meaning) in VALUES.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not valid(value):
+            raise UserError(f"{key}={value} must be {meaning}")
+
+    splits = list(cfg.evaluate.splits)
+    if not splits or not set(splits) <= {"train", "val", "test"}:
+        raise UserError(f"evaluate.splits={splits} must list one or more of train, val, test")
+
+    fold, folds = OmegaConf.select(cfg, "data.fold"), OmegaConf.select(cfg, "data.folds")
+    if fold is not None and fold >= folds:
+        raise UserError(f"data.fold={fold} must be below data.folds={folds}")
+
+    base = cfg.distill.get("base")  # feature distillation leaves the heads to another objective
+    objective, name = (base or cfg.distill)._target_, cfg.model.name
+    if objective in NEEDS_TOKEN and not has_token(cfg):
+        raise UserError(
+            f"distill={_choice('distill')} needs a distillation token and {name} has none: "
+            "choose model=deit_distilled, or distill=logit (distill/base=logit) to distil without a token"
+        )
+    if objective in REFUSES_TOKEN and has_token(cfg):
+        raise UserError(
+            f"distill={_choice('distill')} is for models without a token and {name} has one: "
+            "choose distill=soft, or model=deit"
+        )
+
+    patch = re.search(r"patch(\d+)", name)
+    step = 32 if cfg.model.patch_embed != "linear" else int(patch.group(1)) if patch else 1
+    if cfg.model.img_size % step:
+        lower = max(step, cfg.model.img_size // step * step)
+        raise UserError(
+            f"model.img_size={cfg.model.img_size} is not a multiple of the patch size {step}: "
+            f"choose {lower} or {lower + step}"
+        )
+    if cfg.model.pretrained and cfg.model.checkpoint:
+        raise UserError("model.pretrained=true and model.checkpoint both name weights: give one of the two")
+    if cfg.model.freeze_backbone and not (cfg.model.pretrained or cfg.model.checkpoint):
+        raise UserError(
+            "model.freeze_backbone=true trains the heads alone, so the rest needs weights: "
+            "give model.pretrained=true or model.checkpoint=FILE"
+        )
+
+
+def _choice(group: str) -> str:
+    return str(HydraConfig.get().runtime.choices[group]) if HydraConfig.initialized() else "..."
+
+
+def is_main_process() -> bool:
+    """True in the process that writes: rank 0, or the only one."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+
+
+def check_run_dir(run_dir: Path, resume: bool) -> None:
+    """Refuse a run folder that cannot be written, or that already holds a run.
+
+    Raises:
+        UserError: names the folder and the mend.
+    """
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())) and not resume:
+        raise UserError(f"run_dir={run_dir} is not empty and is never overwritten: choose another, or resume=true")
+    existing = next(parent for parent in [run_dir, *run_dir.absolute().parents] if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"run_dir={run_dir} cannot be written ({existing} is not a writable folder): choose another")
+
+
+class CheckBeforeRun(Callback):
+    """Hydra callback: the checks above, before Hydra makes its output folder.
+
+    Hydra turns exceptions of callbacks into warnings, so a mistake exits from here.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        HydraConfig.instance().set_config(config)
+        try:
+            check(config)
+            if is_main_process():
+                check_run_dir(Path(config.run_dir), config.resume)
+        except (UserError, OmegaConfBaseException) as error:
+            stop(error)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        task = config.hydra.overrides.task
+        if any(re.match(r"\+*run_dir=|hydra\.run\.dir=", override) for override in task):
+            sentence = "-m gives every job a folder of its own, so run_dir cannot be fixed: leave it out, "
+            stop(UserError(sentence + "or name the folder of all jobs with +sweep_name=NAME"))
+
+
+def as_plain(cfg: Any) -> Any:
+    """Resolved plain dictionaries and lists: what checkpoints, run folders and hashes are made of."""
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True) if OmegaConf.is_config(cfg) else cfg
+
+
+def user_sentence(error: BaseException) -> str | None:
+    """The sentence for the user behind an exception, or None where it is a defect of the program."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, InstantiationException) and not isinstance(error.__cause__, TypeError | ImportError):
+        return None  # the class was found and its arguments fit: it failed inside
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _config_sentence(error)
+    return None
+
+
+def _config_sentence(error: BaseException) -> str:
+    text = str(error)
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        key = unknown.group(1)
+        near = difflib.get_close_matches(key, sorted(VALUES), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"unknown key {key}{hint} (python train.py --cfg job lists all keys; +{key}=... adds one on purpose)"
+    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+    if missing:
+        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+        options = [option for option in options if not option.startswith("_")]
+        return f"{missing.group(1)}={missing.group(2)} does not exist: choose one of {', '.join(options)}"
+    return " ".join(text.split("\nSee ")[0].split())
+
+
+def stop(error: BaseException) -> NoReturn:
+    """Tell a mistake of the user and exit with code 2; any other exception is raised again."""
+    sentence = user_sentence(error)
+    if sentence is None:
+        raise error
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def job(task: Callable[[DictConfig], Any], cfg: DictConfig) -> None:
+    """Run one job. A single one exits here, before Hydra prints more about it than the sentence; in a multirun the
+    other jobs go on, and the first mistake is told at the end."""
+    try:
+        task(cfg)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN or isinstance(error, OmegaConfBaseException):
+            raise
+        stop(error)
+
+
+def command(main: Callable[[], Any]) -> None:
+    """Run a Hydra entry point; mistakes of the user end in one sentence and exit code 2."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions, not as text and exit code 1
+    try:
+        main()
+    except Exception as error:
+        stop(error)

@@ -1,0 +1,33 @@
+"""Lightning's Trainer on the hardware that is there."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from facemask.errors import UserError
+
+
+def native_bf16(accelerator: str) -> bool:
+    """Whether the hardware multiplies bf16 natively; elsewhere it is emulated and slower than fp32."""
+    if accelerator in ("gpu", "cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if accelerator == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def build_trainer(accelerator: str = "auto", precision: str = "auto", **arguments: Any) -> pl.Trainer:
+    """`pytorch_lightning.Trainer(**arguments)`, with precision "auto" resolved: bf16-mixed where the hardware has
+    native bf16, else fp32. The loaders shard themselves, exactly, so Lightning's padding sampler is off.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator=gpu needs a CUDA device and none is visible: choose trainer=cpu")
+    if accelerator == "auto":
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        precision = "bf16-mixed" if native_bf16(accelerator) else "32-true"
+    return pl.Trainer(accelerator=accelerator, precision=precision, use_distributed_sampler=False, **arguments)

@@ -1,0 +1,278 @@
+"""Students: any timm backbone behind one interface that gives the logits of every head and the tokens.
+
+In timm, vit_tiny_patch16_224 and deit_tiny_patch16_224 are the same network; DeiT is a recipe, and an optional
+distillation token with a head of its own.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import HybridEmbed, resample_abs_pos_embed, resample_patch_embed, set_fused_attn
+from torch import Tensor, nn
+
+from facemask.errors import UserError
+from facemask.modeling.init import structured_init
+from facemask.modeling.weights import hub_file, lite0_state_dict, read_state_dict
+
+LITE0 = "tf_efficientnet_lite0"
+LITE0_MEAN, LITE0_STD = (127 / 255,) * 3, (128 / 255,) * 3
+
+
+@dataclass
+class Outputs:
+    """What one forward pass gives.
+
+    logits: {"head": (B, C)} and, with a distillation token, "head_dist": (B, C).
+    patch_tokens: (B, N, D) after the last norm, or None for a CNN.
+    pooled: (B, D), what the class head reads; taught: (B, D), what the distillation head reads, where there is one,
+    else pooled.
+    """
+
+    logits: dict[str, Tensor]
+    patch_tokens: Tensor | None
+    pooled: Tensor
+    taught: Tensor
+
+
+@dataclass
+class LoadReport:
+    """Names of the tensors that a checkpoint gave, gave in another size, or did not give."""
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        def names(title: str, tensors: list[str]) -> str:
+            shown = ", ".join(tensors[:6]) + (f", and {len(tensors) - 6} more" if len(tensors) > 6 else "")
+            return f"{len(tensors)} {title}" + (f" ({shown})" if tensors and title != "loaded" else "")
+
+        parts = [names("loaded", self.loaded), names("resized", self.resized), names("new", self.new)]
+        return f"weights from {self.source}: " + "; ".join([*parts, names("unused", self.unused)])
+
+
+class Backbone(nn.Module):
+    """A timm model that takes uint8 pixels and returns `Outputs`.
+
+    Args:
+        network: timm model; one with `head_dist` has a distillation token.
+        mean, std: normalisation of pixels / 255, per channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.has_token = hasattr(network, "head_dist")
+        self.load_report: LoadReport | None = None
+
+    def forward(self, pixels: Tensor) -> Outputs:
+        """uint8 (B, 3, H, W) -> Outputs."""
+        return self.from_normalised((pixels - self.mean) / self.std)
+
+    def from_normalised(self, images: Tensor) -> Outputs:
+        """float (B, 3, H, W), normalised -> Outputs."""
+        network = self.network
+        tokens = network.forward_features(images)
+        if self.has_token:
+            # timm's forward_head gives both logits only in train mode with set_distilled_training(True), and
+            # their mean else; the two heads are needed apart in both modes.
+            cls, dist = network.head_drop(tokens[:, 0]), network.head_drop(tokens[:, 1])
+            logits = {"head": network.head(cls), "head_dist": network.head_dist(dist)}
+            return Outputs(logits, tokens[:, 2:], cls, dist)
+        pooled = network.forward_head(tokens, pre_logits=True)
+        patches = tokens[:, network.num_prefix_tokens :] if tokens.ndim == 3 else None
+        return Outputs({"head": network.get_classifier()(pooled)}, patches, pooled, pooled)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        heads = self.network.get_classifier()
+        return [p for head in (heads if isinstance(heads, tuple) else (heads,)) for p in head.parameters()]
+
+
+class FrozenCNN(nn.Module):
+    """A CNN that stays as it is: evaluation mode, no gradients, fp32."""
+
+    def __init__(self, cnn: nn.Module) -> None:
+        super().__init__()
+        self.cnn = cnn.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "FrozenCNN":
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            return self.cnn(images.float())
+
+
+class FeatureMap(nn.Module):
+    """The last feature map (B, F, h, w) of a timm CNN."""
+
+    def __init__(self, cnn: Any) -> None:
+        super().__init__()
+        self.cnn = cnn
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.cnn.forward_features(images)
+
+
+def build_backbone(
+    name: str,
+    num_classes: int,
+    img_size: int,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    patch_embed: str = "linear",
+    freeze_patch_embed: bool = True,
+    freeze_backbone: bool = False,
+    depth: int | None = None,
+    init: str = "timm",
+    size: str | None = None,
+) -> Backbone:
+    """A student by its timm id.
+
+    Args:
+        name: any timm id.
+        num_classes: outputs of every head.
+        img_size: side of the input in pixels.
+        pretrained: timm's weights of exactly this name, from the hub or its local cache.
+        checkpoint: local .safetensors, .pth or .ckpt file to start from.
+        drop_rate, drop_path_rate: dropout and stochastic depth.
+        patch_embed: "linear", or "efficientnet_lite0" for the hybrid (ViT paper, section 3.1): the CNN's feature
+            map, one token per position, takes the place of the linear patch embedding.
+        freeze_patch_embed: keep the hybrid's CNN as ImageNet left it.
+        freeze_backbone: train the heads alone.
+        depth: number of blocks, where other than the named model's.
+        init: "timm" (truncated normal) or "structured" (see `facemask.modeling.init`).
+        size: read by conf/model alone.
+
+    Raises:
+        UserError: unknown name, weights that cannot be had or do not fit.
+    """
+    options: dict[str, Any] = {
+        "num_classes": num_classes,
+        "drop_rate": drop_rate,
+        "drop_path_rate": drop_path_rate,
+    }
+    transformer = "patch" in name
+    if transformer:
+        options["img_size"] = img_size
+    if depth is not None:
+        options["depth"] = depth
+    if patch_embed == "efficientnet_lite0":
+        cnn = timm.create_model(LITE0, num_classes=0)
+        cnn.load_state_dict(lite0_state_dict(), strict=False)
+        features = FeatureMap(cnn)
+        embed = FrozenCNN(features) if freeze_patch_embed else features
+        options |= {"embed_layer": partial(HybridEmbed, embed), "patch_size": 1}
+    # The fused kernel's bf16 backward pass is slow on CPUs: plain matrix products train DeiT-Ti 1.2 to 1.6 times faster.
+    set_fused_attn(torch.cuda.is_available())
+    try:
+        network: Any = timm.create_model(name, pretrained=False, **options)
+    except (RuntimeError, TypeError, ValueError) as error:
+        near = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5])
+        raise UserError(f"model.name={name} cannot be built by timm ({error}); near names: {near or 'none'}") from error
+
+    if init == "structured":
+        structured_init(network)
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if patch_embed == "efficientnet_lite0":
+        mean, std = LITE0_MEAN, LITE0_STD  # the CNN's weights demand theirs
+    if pretrained:
+        mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+    backbone = Backbone(network, tuple(mean), tuple(std))
+    if pretrained or checkpoint:
+        file = Path(checkpoint) if checkpoint else hub_file(name)
+        backbone.load_report = load_weights(network, read_state_dict(file), str(file if checkpoint else name))
+    if freeze_backbone:
+        backbone.requires_grad_(False)
+        for parameter in backbone.head_parameters():
+            parameter.requires_grad_(True)
+    return backbone
+
+
+def load_weights(network: Any, state: dict[str, Tensor], source: str) -> LoadReport:
+    """Load what fits, adapt what can be adapted, and say so.
+
+    - Heads with another number of classes are left new.
+    - The position grid is interpolated with the network's own number of prefix tokens (timm's
+      `resample_abs_pos_embed`), patch filters to another patch size with `resample_patch_embed`.
+    - Plain into distilled: the distillation token and its position start as copies of the class token's, its head
+      as a copy of the class head where that fits. Distilled into plain: the distillation token is dropped.
+
+    Raises:
+        UserError: the checkpoint is of another network or size.
+    """
+    state = dict(state)
+    own: dict[str, Tensor] = network.state_dict()
+    report = LoadReport(source)
+    copied: set[str] = set()
+    if "dist_token" in own and "dist_token" not in state and "cls_token" in state:
+        state["dist_token"] = state["cls_token"].clone()
+        state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"]], dim=1)
+        for part in ("weight", "bias"):
+            if f"head.{part}" in state:
+                state[f"head_dist.{part}"] = state[f"head.{part}"].clone()
+        copied = {"dist_token", "head_dist.weight", "head_dist.bias"}
+    elif "dist_token" in state and "dist_token" not in own:
+        state.pop("dist_token")
+        state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], dim=1)
+        report.unused += ["dist_token", *[key for key in state if key.startswith("head_dist.")]]
+        state = {key: value for key, value in state.items() if not key.startswith("head_dist.")}
+
+    heads = {key for key in own if key.split(".")[0] in ("head", "head_dist", "classifier", "fc")}
+    loadable: dict[str, Tensor] = {}
+    for key, tensor in own.items():
+        if key not in state:
+            report.new.append(key)
+            continue
+        value = state.pop(key)
+        if value.shape != tensor.shape:
+            if key in heads:
+                report.new.append(key)
+                continue
+            value = _resized(key, value, tensor, network, source)
+            report.resized.append(key)
+        elif key in copied:
+            report.resized.append(f"{key} (from the class token)")
+        else:
+            report.loaded.append(key)
+        loadable[key] = value
+    report.unused += sorted(state)
+    if len(loadable) < len(own) / 2:
+        raise UserError(
+            f"{source} is of another network: only {len(loadable)} of {len(own)} tensors of this model are in it; "
+            "choose the model.name it was made with"
+        )
+    network.load_state_dict(loadable, strict=False)
+    return report
+
+
+def _resized(key: str, value: Tensor, target: Tensor, network: Any, source: str) -> Tensor:
+    same_width = value.ndim == target.ndim and value.shape[-1] == target.shape[-1]
+    if key == "pos_embed" and same_width:
+        prefix = 0 if network.no_embed_class else network.num_prefix_tokens
+        side = math.isqrt(value.shape[1] - prefix)
+        if side * side == value.shape[1] - prefix:
+            grid = list(network.patch_embed.grid_size)
+            return resample_abs_pos_embed(value, new_size=grid, old_size=[side, side], num_prefix_tokens=prefix)
+    if key == "patch_embed.proj.weight" and value.shape[:2] == target.shape[:2]:
+        return resample_patch_embed(value, list(target.shape[-2:]))
+    raise UserError(
+        f"{source} is of another size: {key} has shape {tuple(value.shape)} and the model's is {tuple(target.shape)}; "
+        "choose the model.size or model.name it was made with"
+    )

@@ -1,0 +1,145 @@
+"""The LightningModule: student, objective and optimizer in one place."""
+
+from typing import Any
+
+import hydra.utils
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from facemask.errors import UserError
+from facemask.modeling.backbones import Backbone, Outputs
+from facemask.modeling.objectives import Objective, TeacherOutputs
+from facemask.modeling.optim import parameter_groups, scaled_lr
+from facemask.modeling.teacher import Teacher
+
+
+class Classifier(pl.LightningModule):
+    """A student and how it learns.
+
+    The arguments are plain dictionaries, lists and numbers, and are kept in the checkpoint:
+    `Classifier.load_from_checkpoint(path)` works alone.
+
+    Args:
+        model: config group model: the backbone's `_target_` and arguments.
+        objective: config group distill.
+        optim: config group optim.
+        classes: class names in the order of the logits.
+        seed: of the initialisation, and of drop path and dropout.
+        global_batch: images of one optimizer step over all ranks, which the learning rate is scaled to.
+        teacher_dims: (channels of each feature map, pooled width) of the teacher, or None without one.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        objective: dict[str, Any],
+        optim: dict[str, Any],
+        classes: list[str],
+        seed: int,
+        global_batch: int,
+        teacher_dims: tuple[list[int], int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        torch.manual_seed(seed)
+        self.backbone: Backbone = hydra.utils.instantiate(model, num_classes=len(classes))
+        self.objective: Objective = hydra.utils.instantiate(objective, label_smoothing=optim["label_smoothing"])
+        if self.objective.needs_token not in (None, self.backbone.has_token):
+            raise UserError(
+                f"{type(self.objective).__name__} needs a model {'with' if self.objective.needs_token else 'without'} "
+                f"a distillation token, and {model.get('name')} is not one: choose another model= or distill="
+            )
+        if teacher_dims is not None:
+            self.objective.build(self.backbone.network.num_features, *teacher_dims)
+        self.heads = self.objective.heads(self.backbone.has_token)
+        self.reported_head = "mean" if len(self.heads) > 1 else self.heads[0]
+        # In a tuple, so that the teacher is no part of the module: of its state, optimizer, EMA or train().
+        self._teacher: tuple[Teacher, ...] = ()
+        self._teacher_folds = torch.zeros(0, dtype=torch.long)
+        watched = [*self.heads, "mean"] if len(self.heads) > 1 else self.heads
+        self.val_accuracy = nn.ModuleDict({h: MulticlassAccuracy(len(classes), average="micro") for h in watched})
+        self.val_nll = nn.ModuleDict({h: MeanMetric() for h in watched})
+
+    def attach_teacher(self, teacher: Teacher, folds: Tensor) -> None:
+        """Give the objective its teacher.
+
+        Args:
+            folds: (N,) cross-fitting fold of every training picture; the teacher of that fold has not seen it.
+        """
+        self._teacher = (teacher,)
+        self._teacher_folds = folds
+
+    def head_logits(self, outputs: Outputs) -> dict[str, Tensor]:
+        """float32 logits (B, C) of every trained head and, with two, of their mean (as timm's models give when
+        evaluated)."""
+        logits = {head: outputs.logits[head].float() for head in self.heads}
+        if len(logits) > 1:
+            logits["mean"] = torch.stack(list(logits.values())).mean(dim=0)
+        return logits
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """uint8 (B, 3, H, W) -> logits (B, C) by head."""
+        return self.head_logits(self.backbone(pixels))
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        for teacher in self._teacher:
+            teacher.to(self.device)
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        # Drop path and dropout depend on (seed, step, rank) alone: no random state has to be stored to resume.
+        step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
+        state = np.random.SeedSequence([self.hparams["seed"], step, self.global_rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0]))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        teacher = self._ask_teacher(batch)
+        outputs = self.backbone(batch["pixels"])
+        losses = self.objective(outputs, batch["target"], teacher)
+        size = len(batch["pixels"])
+        self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=size)
+        if teacher is not None:
+            self._watch_teacher(outputs, batch["target"], teacher)
+        return losses["loss"]
+
+    def _ask_teacher(self, batch: dict[str, Tensor]) -> TeacherOutputs | None:
+        if not self.objective.needs_teacher:
+            return None
+        (teacher,) = self._teacher
+        return teacher(batch["pixels"], self._teacher_folds[batch["row"].cpu()])
+
+    def _watch_teacher(self, outputs: Outputs, target: Tensor, teacher: TeacherOutputs) -> None:
+        decision = teacher.logits.argmax(dim=1)
+        log_p = F.log_softmax(teacher.logits, dim=1)
+        student = self.head_logits(outputs)[self.reported_head].argmax(dim=1)
+        shares = {
+            "teacher_label_disagreement": (decision != target.argmax(dim=1)).float().mean(),
+            "teacher_entropy": -(log_p.exp() * log_p).sum(dim=1).mean(),
+            "student_teacher_agreement": (student == decision).float().mean(),
+        }
+        shares = {f"train/{name}": value for name, value in shares.items()}
+        self.log_dict(shares, on_step=False, on_epoch=True, batch_size=len(target))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        logits = self(batch["pixels"])
+        for head, metric in self.val_accuracy.items():
+            metric.update(logits[head], batch["label"])
+            self.val_nll[head].update(F.cross_entropy(logits[head], batch["label"], reduction="none"))
+            suffix = "" if head == self.reported_head else f"_{head}"
+            self.log(f"val/accuracy{suffix}", metric, prog_bar=not suffix)
+            self.log(f"val/nll{suffix}", self.val_nll[head], prog_bar=not suffix)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optim = self.hparams["optim"]
+        lr = scaled_lr(optim["lr"], self.hparams["global_batch"], optim["lr_batch_size"])
+        groups = parameter_groups(self.backbone, self.objective, lr, optim["weight_decay"], optim["layer_decay"])
+        optimizer = hydra.utils.instantiate(optim["optimizer"])(groups)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = hydra.utils.instantiate(optim["scheduler"])(optimizer, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

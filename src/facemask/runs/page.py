@@ -1,0 +1,194 @@
+"""One self-contained HTML page (light, dark, no scripts, nothing loaded): the only HTML generator here."""
+
+import base64
+import io
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Cell = str | int | float | bool | None
+
+# Figures are drawn in stand-in colours that become CSS variables: so they follow the light or dark theme.
+INK, MUTED, GRID = "#010203", "#010204", "#010205"
+SERIES = ("#020301", "#020302", "#020303", "#020304", "#020305", "#020306")
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {c: f"--series-{i}" for i, c in enumerate(SERIES)}
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "facemask",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+def plot(draw: Callable[["Figure"], None], width: float = 7.6, height: float = 3.0) -> str:
+    """An inline SVG, the same bytes for the same drawing; ``draw`` fills the empty figure, sizes in inches.
+
+    Use ``INK``, ``MUTED``, ``GRID`` and ``SERIES`` as colours: they follow the page's theme.
+    """
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    # a style sheet of the user's must not change the page
+    with matplotlib.style.context(["default", _STYLE]):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    return text
+
+
+def picture(pixels: np.ndarray, size: int = 144) -> str:
+    """A data URI (JPEG) of a picture, uint8 (H, W, 3) or (H, W), its longer side at most ``size`` pixels."""
+    from PIL import Image
+
+    image = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def format_cell(value: Cell) -> str:
+    """Text of a cell: None is a dash, floats have four significant digits, integers thousands separators."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | np.integer):
+        return f"{value:,}"
+    if isinstance(value, float | np.floating):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def _is_number(text: str) -> bool:
+    return re.match(r"[-+−]?[\d.]", text) is not None
+
+
+@dataclass
+class Page:
+    """Sections in the order in which they are added; text is escaped, only :meth:`figure` takes markup."""
+
+    title: str
+    lead: str = ""
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+
+    def heading(self, text: str, level: int = 2) -> None:
+        """Level 2 headings make the table of contents."""
+        anchor = f"s{len(self.blocks)}"
+        self.blocks.append({"kind": "heading", "text": text, "level": level, "anchor": anchor})
+
+    def text(self, text: str) -> None:
+        self.blocks.append({"kind": "text", "text": text})
+
+    def note(self, text: str) -> None:
+        """A paragraph that must not be overlooked."""
+        self.blocks.append({"kind": "note", "text": text})
+
+    def code(self, text: str, folded: str = "") -> None:
+        """Preformatted text; with ``folded``, behind a line that says so."""
+        self.blocks.append({"kind": "code", "text": text, "folded": folded})
+
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Cell]],
+        caption: str = "",
+        *,
+        strong: Sequence[int] = (),
+        shade: Sequence[Sequence[float | None]] | None = None,
+    ) -> None:
+        """A table; columns whose cells are all numbers are set to the right.
+
+        Args:
+            columns: headings; none for a table of names and values.
+            strong: indices of the rows that are emphasised.
+            shade: per cell how strongly its ground is tinted, 0 to 1, None for not at all.
+        """
+        cells = [[format_cell(cell) for cell in row] for row in rows]
+        width = max((len(row) for row in cells), default=0)
+        filled = [[row[c] for row in cells if c < len(row) and row[c] not in ("–", "")] for c in range(width)]
+        block = {
+            "kind": "table",
+            "columns": list(columns),
+            "rows": cells,
+            "caption": caption,
+            "right": [bool(columns) and bool(texts) and all(map(_is_number, texts)) for texts in filled],
+            "strong": set(strong),
+            "shade": [[None if s is None else round(100 * s) for s in row] for row in shade or []],
+        }
+        self.blocks.append(block)
+
+    def figure(self, svg: str, caption: str = "") -> None:
+        """``svg``: trusted markup, as :func:`plot` makes it."""
+        from markupsafe import Markup
+
+        # several figures on one page must not share ids
+        prefix = f"f{len(self.blocks)}-"
+        svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
+        svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption or "figure")}" ', 1)
+        self.blocks.append({"kind": "figure", "svg": Markup(svg), "caption": caption})
+
+    def pictures(self, items: Sequence[tuple[np.ndarray, str]], size: int = 144) -> None:
+        """Thumbnails with captions; pixels as in :func:`picture`."""
+        shown = [{"source": picture(pixels, size), "caption": caption} for pixels, caption in items]
+        self.blocks.append({"kind": "pictures", "items": shown})
+
+    def render(self) -> str:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+        environment = Environment(
+            loader=FileSystemLoader(Path(__file__).parent),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        contents = [b for b in self.blocks if b["kind"] == "heading" and b["level"] == 2]
+        template = environment.get_template("page.html.j2")
+        return template.render(title=self.title, lead=self.lead, blocks=self.blocks, contents=contents)
+
+    def write(self, path: Path) -> Path:
+        """Write the page, whole or not at all."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(self.render(), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path

@@ -1,0 +1,370 @@
+"""One run from config to report: data, teacher, student, predictions, numbers. Read this first."""
+
+import hashlib
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import cv2
+import hydra.utils
+import numpy as np
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from facemask.config import as_plain, check, check_run_dir, distills, is_main_process
+from facemask.data.audit import majority_baseline, no_pixels_baseline
+from facemask.data.datamodule import ImageData
+from facemask.data.manifest import label_conflicts
+from facemask.data.splits import write_split
+from facemask.evaluate import predict_splits
+from facemask.modeling.classifier import Classifier
+from facemask.modeling.teacher import TrainingSplit
+from facemask.runs import metrics as run_metrics
+from facemask.runs.folder import RunFolder, file_sha256, write_json
+from facemask.runs.ledger import openings, record_opening
+from facemask.runs.loggers import Counter, Curves, WandbLogger
+from facemask.runs.predictions import read_predictions, write_predictions
+from facemask.runs.provenance import collect
+from facemask.runs.report import run_report, terminal_table
+
+log = logging.getLogger(__name__)
+console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 110  # a log file is not 80 columns wide
+
+
+def train(cfg: DictConfig) -> dict[str, Any] | None:
+    """Run one experiment and return its summary (None in processes of rank above 0).
+
+    Raises:
+        UserError: whatever the user can mend; before the first training step, and without a run folder left behind.
+    """
+    cfg.run_dir = HydraConfig.get().runtime.output_dir
+    folder = RunFolder(Path(cfg.run_dir))
+    try:
+        return _train(cfg, folder)
+    except BaseException as error:
+        if is_main_process():
+            if not folder.status():
+                _remove_if_empty(folder.path)
+            elif folder.status()["state"] == "running":
+                folder.set_status("killed" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error))
+        raise
+
+
+def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
+    check(cfg)
+    main = is_main_process()
+    config = as_plain(cfg)
+    resuming = cfg.resume and (folder.path / "config.yaml").exists()
+    if main:
+        check_run_dir(folder.path, cfg.resume)
+        if resuming:
+            folder.resume(config)
+            if folder.status()["state"] == "finished":
+                _print_results(folder)
+                return json.loads((folder.path / "summary.json").read_text())
+    cv2.setNumThreads(0)
+    _quiet_lightning()
+
+    # -- everything that can be wrong is found here, before the run folder is written
+    trainer_partial = hydra.utils.instantiate(cfg.trainer, _partial_=True)
+    trainer: pl.Trainer = trainer_partial(logger=False, enable_checkpointing=False)
+    device = trainer.strategy.root_device
+    data = build_data(cfg)
+    data.prepare(cfg.evaluate.splits)
+    spec = hydra.utils.instantiate(cfg.teacher) if distills(cfg) else None
+    if spec is not None:
+        data.crossfit = spec.crossfit
+    classifier = Classifier(
+        model=config["model"],
+        objective=config["distill"],
+        optim=config["optim"],
+        classes=data.classes,
+        seed=cfg.seed,
+        global_batch=data.batch_size * trainer.accumulate_grad_batches,
+        teacher_dims=spec.dims() if spec else None,
+    )
+    provenance, diff = collect()
+
+    curves, counter = Curves(folder.path / "curves.csv"), Counter()
+    if main:
+        if not resuming:
+            folder.start(config, {**provenance, "seeds": _seeds(cfg), "fingerprint": data.fingerprint}, diff)
+            write_split(folder.path / "split.csv", data.table)
+        _print_start(cfg, data, classifier, trainer, folder)
+    loggers = _loggers(cfg, config, data, folder)
+    callbacks = [*hydra.utils.instantiate(cfg.callbacks or {}).values(), counter]
+    trainer = trainer_partial(logger=[curves, *loggers], callbacks=callbacks, default_root_dir=folder.path)
+
+    # -- the teacher, fitted once and kept
+    teacher = teacher_file = None
+    if spec is not None:
+        teacher, teacher_file = spec.obtain(training_split(cfg, data), device, Path(cfg.cache_dir))
+        classifier.attach_teacher(teacher, torch.from_numpy(data.crossfit_folds()))
+        before = teacher.digest()
+
+    # -- the student
+    checkpoint = folder.last_checkpoint if resuming and folder.last_checkpoint.exists() else None
+    if checkpoint is not None:
+        curves.continue_from(torch.load(checkpoint, "cpu", weights_only=True)["global_step"])
+    trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if not main:
+        return None
+    if teacher is not None and teacher.digest() != before:
+        raise RuntimeError("the teacher changed while the student was trained")
+
+    # -- from here on everything comes from the best checkpoint and the predictions it makes
+    best = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") or folder.last_checkpoint)
+    student = Classifier.load_from_checkpoint(best, map_location="cpu", weights_only=True)
+    if "test" in cfg.evaluate.splits:
+        record_opening(Path(cfg.ledger), data.fingerprint, cfg.run_dir, provenance["command"])
+    frame, timing = predict_splits(student, teacher, data, cfg.evaluate.splits, cfg.evaluate.batch_size, device)
+    frame = _with_baselines(frame, data, list(cfg.evaluate.splits), cfg.seed)
+    write_predictions(folder.path / "predictions.parquet", frame, data.classes)
+    frame, classes = read_predictions(folder.path / "predictions.parquet")
+    numbers = run_metrics.evaluate(frame, classes, resamples=cfg.evaluate.resamples)
+    write_json(folder.path / "metrics.json", numbers)
+    checkpoints = {file.name: file_sha256(file) for file in sorted((folder.path / "checkpoints").glob("*.ckpt"))}
+    write_json(folder.path / "checkpoints.json", checkpoints)
+    summary = {
+        "name": folder.path.name if cfg.name == folder.path.name else f"{cfg.name} {folder.path.name}",
+        "reported_head": student.reported_head,
+        "test_opened": openings(Path(cfg.ledger), data.fingerprint),
+        "data": _data_facts(data),
+        "distillation": _distillation_facts(cfg, folder.path / "curves.csv", teacher_file) if teacher else {},
+        "training": _training_facts(trainer, counter, classifier, data, numbers, timing),
+        "notes": _notes(cfg, data, student),
+    }
+    write_json(folder.path / "summary.json", summary)
+    run_report(folder.path, pictures=data.picture)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_results(numbers, frame, classes, student.reported_head, data.picture)
+    folder.set_status("finished")
+    _print_results(folder)
+    return summary
+
+
+# -- the parts --------------------------------------------------------------------------------------------------
+
+
+def build_data(cfg: DictConfig) -> ImageData:
+    """The data module of a config, not yet prepared."""
+    augmentation = hydra.utils.instantiate(cfg.augment, _convert_="all")  # albumentations wants plain lists
+    return hydra.utils.instantiate(cfg.data, _partial_=True)(augmentation=augmentation)
+
+
+def training_split(cfg: DictConfig, data: ImageData) -> TrainingSplit:
+    """The training split as a teacher is fitted on it: true labels, and the student's own views."""
+    views = data.train_views(noisy=False)
+
+    def train_batches(epoch: int, rows: np.ndarray) -> DataLoader:
+        order = np.random.default_rng([cfg.teacher.seed, epoch]).permutation(rows)
+        keys: Any = [(epoch, int(row)) for row in order]
+        return DataLoader(views, data.batch_size, sampler=keys, drop_last=len(keys) >= data.batch_size)
+
+    train = data.table.iloc[data.rows("train")]
+    seen = [
+        data.working_size,
+        data.img_size,
+        as_plain(cfg.augment) if cfg.teacher.train != "frozen" else None,
+    ]
+    digest = hashlib.sha256(json.dumps(seen).encode())
+    for row in zip(train["path"], train["label"], train["sha256"], data.crossfit_folds().tolist(), strict=True):
+        digest.update(json.dumps(row).encode())
+    return TrainingSplit(
+        classes=data.classes,
+        eval_batches=lambda: data.eval_loader("train", cfg.evaluate.batch_size),
+        train_batches=train_batches,
+        folds=data.crossfit_folds(),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _loggers(cfg: DictConfig, config: dict[str, Any], data: ImageData, folder: RunFolder) -> list[Any]:
+    loggers = []
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for name, part in (cfg.logger or {}).items():
+        more: dict[str, Any] = {}
+        if name == "wandb":
+            log_images = data.drawn if part.log_images is None else part.log_images
+            run_id = folder.status().get("id")
+            more = {
+                "log_images": log_images,
+                "save_dir": cfg.run_dir,
+                "name": folder.path.name,
+                "version": run_id,
+            }
+            more["resume"] = "allow"
+        loggers.append(hydra.utils.instantiate(part, **more))
+        loggers[-1].log_hyperparams(config)
+    return loggers
+
+
+def _with_baselines(frame: pd.DataFrame, data: ImageData, splits: list[str], seed: int) -> pd.DataFrame:
+    facts = ["id", "split", "group", "label"]
+    for baseline in (
+        majority_baseline(data.table, splits),
+        no_pixels_baseline(data.table, splits, seed),
+    ):
+        frame = frame.merge(baseline, on=facts, how="left", validate="one_to_one")
+    return frame
+
+
+def _seeds(cfg: DictConfig) -> dict[str, Any]:
+    return {"run": cfg.seed, "augment": cfg.augment.get("seed"), "split": cfg.data.get("split_seed")}
+
+
+def _data_facts(data: ImageData) -> dict[str, Any]:
+    table = data.table
+    counts = {
+        split: {label: int(((table["split"] == split) & (table["label"] == label)).sum()) for label in data.classes}
+        for split in ("train", "val", "test")
+    }
+    return {
+        "fingerprint": data.fingerprint,
+        "classes": data.classes,
+        "counts": counts,
+        "left_out": data.left_out,
+    }
+
+
+def _distillation_facts(cfg: DictConfig, curves: Path, teacher_file: Path | None) -> dict[str, Any]:
+    """Means over all views that the training really used: every epoch has the same number of them."""
+    logged = pd.read_csv(curves)
+    names = ("teacher_label_disagreement", "teacher_entropy", "student_teacher_agreement")
+    facts: dict[str, Any] = {name: float(logged[f"train/{name}"].mean()) for name in names}
+    facts["degenerate"] = "Hard" in cfg.distill._target_ and facts["teacher_label_disagreement"] < 0.005
+    if teacher_file is not None:
+        facts["teacher_sha256"] = file_sha256(teacher_file)
+    return facts
+
+
+def _training_facts(
+    trainer: pl.Trainer,
+    counter: Counter,
+    classifier: Classifier,
+    data: ImageData,
+    numbers: dict[str, Any],
+    timing: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """The figures a Hugging Face card of this family prints, from what was really done.
+
+    total_flos follows Hugging Face's convention, 6 * values of the input * parameters (transformers
+    `floating_point_ops`), so that cards can be compared; it is no count of operations.
+    """
+    counts = counter.counts
+    parameters = sum(p.numel() for p in classifier.backbone.parameters())
+    seconds = counts["seconds"]
+    train_size = len(data.rows("train"))
+    facts: dict[str, Any] = {
+        "epoch": counts["images"] / train_size,
+        "total_flos": 6 * 3 * data.img_size**2 * parameters * counts["images"],
+        "train_loss": counts["loss"] / max(1, counts["batches"]),
+        "train_runtime": seconds,
+        "train_samples_per_second": counts["images"] / seconds,
+        "train_steps_per_second": trainer.global_step / seconds,
+        "parameters": parameters,
+        "precision": str(trainer.precision),
+    }
+    if "val" in timing:
+        head = numbers["val"][classifier.reported_head]
+        took = timing["val"]
+        facts |= {
+            "eval_accuracy": head["accuracy"]["value"],
+            "eval_loss": head["nll"]["value"],
+            "eval_runtime": took["seconds"],
+            "eval_samples_per_second": took["images"] / took["seconds"],
+            "eval_steps_per_second": took["steps"] / took["seconds"],
+        }
+    return facts
+
+
+def _notes(cfg: DictConfig, data: ImageData, student: Classifier) -> list[str]:
+    notes = []
+    if student.backbone.load_report is not None:
+        notes.append(str(student.backbone.load_report))
+    if cfg.model.pretrained:
+        notes.append(
+            f"{cfg.model.name} starts from pretrained weights: between runs of different names the weights "
+            "(ImageNet-21k or ImageNet-1k, and their normalisation) are compared as well as the recipes."
+        )
+    conflicts = label_conflicts(data.table)
+    if conflicts:
+        notes.append(f"{len(conflicts)} pair(s) of identical files have different labels, such as {conflicts[0]}.")
+    return notes
+
+
+def _remove_if_empty(path: Path) -> None:
+    for folder in (path, path.parent):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def _quiet_lightning() -> None:
+    """Lightning's hints and its warnings about choices that are made on purpose here."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        ".*LeafSpec.*",  # of Lightning's own code
+        ".*smaller than the logging interval.*",  # epoch means are logged whatever the interval
+        ".*does not have many workers.*",  # cached pixels make loading cheap
+        ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+# -- what the terminal shows ------------------------------------------------------------------------------------
+
+
+def _print_start(
+    cfg: DictConfig, data: ImageData, classifier: Classifier, trainer: pl.Trainer, folder: RunFolder
+) -> None:
+    counts = data.table["split"].value_counts()
+    sizes = ", ".join(f"{split} {counts.get(split, 0):,}" for split in ("train", "val", "test"))
+    console.print(f"data      {sizes} pictures of {len(data.classes)} classes at {data.img_size} px")
+    if data.left_out:
+        console.print(f"          {len(data.left_out)} left out: {', '.join(sorted(data.left_out)[:5])}")
+    parameters = sum(p.numel() for p in classifier.backbone.parameters())
+    lr = cfg.optim.lr * classifier.hparams["global_batch"] / cfg.optim.lr_batch_size
+    console.print(f"model     {cfg.model.name}, {parameters / 1e6:.1f} M parameters, seed {cfg.seed}")
+    if classifier.backbone.load_report is not None:
+        console.print(f"          {classifier.backbone.load_report}")
+    console.print(
+        f"training  {cfg.trainer.max_epochs} epochs, batch {classifier.hparams['global_batch']}, peak learning rate "
+        f"{lr:.3g} ({cfg.optim.lr:.3g} per {cfg.optim.lr_batch_size} images), {trainer.precision} on "
+        f"{trainer.world_size} x {trainer.strategy.root_device.type}"
+    )
+    console.print(f"run       {folder.path}")
+
+
+def _print_results(folder: RunFolder) -> None:
+    summary = json.loads((folder.path / "summary.json").read_text())
+    numbers = json.loads((folder.path / "metrics.json").read_text())
+    console.print(terminal_table(numbers, summary))
+    distillation = summary["distillation"]
+    if distillation:
+        console.print(
+            f"on the training views: teacher and label differ on {distillation['teacher_label_disagreement']:.2%}, "
+            f"student and teacher agree on {distillation['student_teacher_agreement']:.2%}"
+        )
+    if distillation.get("degenerate"):
+        console.print("degenerate: the teacher's decisions equal the labels")
+    training = summary["training"]
+    console.print(
+        f"trained at {training['train_samples_per_second']:.0f} images/s for {training['train_runtime']:.0f} s "
+        f"({training['precision']}), validation included"
+    )
+    console.print(f"run folder {folder.path} (report.html, predictions.parquet, metrics.json)")
