@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from facemask.errors import UserError
@@ -26,6 +26,8 @@ OBJECTIVES = "facemask.modeling.objectives."
 NEEDS_TOKEN = {OBJECTIVES + "HardDistillation", OBJECTIVES + "SoftDistillation"}
 REFUSES_TOKEN = {OBJECTIVES + "LogitDistillation"}
 LABELS_ONLY = {OBJECTIVES + "Labels"}
+
+_ABSENT = object()
 
 
 def _is_int(value: Any) -> bool:
@@ -45,6 +47,10 @@ def _number(low: float, high: float, *, open_low: bool = False, open_high: bool 
     return inside
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | ListConfig)
+
+
 def _integer(low: int) -> Callable[[Any], bool]:
     return lambda value: _is_int(value) and value >= low
 
@@ -60,6 +66,10 @@ _SHARE_BELOW_1 = (_number(0, 1, open_high=True), "a number from 0 to below 1")
 _SHARE_ABOVE_0 = (_number(0, 1, open_low=True), "a number above 0 and at most 1")
 _COUNT = (_integer(1), "a whole number of at least 1")
 _WHOLE = (_integer(0), "a whole number of at least 0")
+_SWITCH = (lambda value: isinstance(value, bool), "true or false")
+
+# These may be null; any other key of VALUES needs a value.
+MAY_BE_NULL = {"data.fold", "model.depth", "teacher.weights", "trainer.max_epochs"}
 
 # key -> (test, what the value must be). A key that a user's own group does not have is not checked.
 VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -75,6 +85,10 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.fold": _WHOLE,
     "data.folds": (_integer(2), "a whole number of at least 2"),
     "data.label_noise": _SHARE_BELOW_1,
+    "data.split_ratios": (
+        lambda value: _is_list(value) and len(value) == 3 and all(map(_is_number, value)),
+        "three shares [train,val,test]",
+    ),
     "data.split_seed": _WHOLE,
     "data.num_images": (_integer(20), "a whole number of at least 20"),
     "data.states": (lambda value: value in (2, 5), "2 (with or without mask) or 5 (how the mask is worn)"),
@@ -87,13 +101,22 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "distill.weight": _NOT_NEGATIVE,
     "distill.reduction": (_one_of("batchmean", "numel"), "batchmean or numel"),
     "evaluate.batch_size": _COUNT,
+    "evaluate.splits": (
+        lambda value: _is_list(value) and len(value) > 0 and all(name in ("train", "val", "test") for name in value),
+        "a list of one or more of train, val, test, such as [val,test]",
+    ),
     "evaluate.resamples": (_integer(100), "a whole number of at least 100"),
+    "model.name": (lambda value: isinstance(value, str) and bool(value), "the name of a timm model"),
     "model.img_size": _COUNT,
+    "model.pretrained": _SWITCH,
+    "model.freeze_backbone": _SWITCH,
+    "model.freeze_patch_embed": _SWITCH,
     "model.depth": _COUNT,
     "model.drop_rate": _SHARE_BELOW_1,
     "model.drop_path_rate": _SHARE_BELOW_1,
     "model.patch_embed": (_one_of("linear", "efficientnet_lite0"), "linear or efficientnet_lite0"),
     "model.init": (_one_of("timm", "structured"), "timm or structured"),
+    "resume": _SWITCH,
     "optim.lr": _POSITIVE,
     "optim.lr_batch_size": _COUNT,
     "optim.weight_decay": _NOT_NEGATIVE,
@@ -129,13 +152,11 @@ def check(cfg: DictConfig) -> None:
         UserError: a value is out of its range, or two choices cannot go together; names key and mend.
     """
     for key, (valid, meaning) in VALUES.items():
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not valid(value):
-            raise UserError(f"{key}={value} must be {meaning}")
-
-    splits = list(cfg.evaluate.splits)
-    if not splits or not set(splits) <= {"train", "val", "test"}:
-        raise UserError(f"evaluate.splits={splits} must list one or more of train, val, test")
+        value = OmegaConf.select(cfg, key, default=_ABSENT)
+        if value is _ABSENT or (value is None and key in MAY_BE_NULL):
+            continue
+        if not valid(value):
+            raise UserError(f"{key}={'null' if value is None else value} must be {meaning}")
 
     fold, folds = OmegaConf.select(cfg, "data.fold"), OmegaConf.select(cfg, "data.folds")
     if fold is not None and fold >= folds:
@@ -231,6 +252,8 @@ def user_sentence(error: BaseException) -> str | None:
         return None  # the class was found and its arguments fit: it failed inside
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _config_sentence(error)
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):
+        return "a config group cannot be null: leave it out, or choose one of its files (logger=none, distill=none)"
     return None
 
 
@@ -239,8 +262,10 @@ def _config_sentence(error: BaseException) -> str:
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         key = unknown.group(1)
-        near = difflib.get_close_matches(key, sorted(VALUES), n=1)
+        near = difflib.get_close_matches(key, sorted(VALUES), n=1, cutoff=0.75)
         hint = f"; did you mean {near[0]}?" if near else ""
+        if key in VALUES or key in ("data.root", "data.split"):
+            hint = f"; another choice of {key.split('.')[0]}= has it"
         return f"unknown key {key}{hint} (python train.py --cfg job lists all keys; +{key}=... adds one on purpose)"
     missing = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
     if missing:

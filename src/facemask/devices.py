@@ -17,7 +17,7 @@ def native_bf16(accelerator: str) -> bool:
     return False
 
 
-def build_trainer(accelerator: str = "auto", precision: str = "auto", **arguments: Any) -> pl.Trainer:
+def build_trainer(accelerator: str = "auto", precision: Any = "auto", **arguments: Any) -> pl.Trainer:
     """`pytorch_lightning.Trainer(**arguments)`, with precision "auto" resolved: bf16-mixed where the hardware has
     native bf16, else fp32. The loaders shard themselves, exactly, so Lightning's padding sampler is off.
 

@@ -50,7 +50,8 @@ def predict_splits(
                 collected.setdefault(head, []).append(logits)
         rows = data.table.iloc[data.rows(split)]
         heads = {head: np.concatenate(logits) for head, logits in collected.items()}
-        parts.append(assemble(rows["path"], rows["split"], rows["group"], rows["label"], heads, data.classes))
+        ids, named, groups, labels = (rows[column].tolist() for column in ("path", "split", "group", "label"))
+        parts.append(assemble(ids, named, groups, labels, heads, data.classes))
         timing[split] = {"seconds": seconds, "images": len(rows), "steps": steps}
     frame = pd.concat(parts, ignore_index=True)
     return (add_mean_head(frame, data.classes) if "head_dist" in classifier.heads else frame), timing

@@ -24,6 +24,7 @@ from facemask.data.audit import majority_baseline, no_pixels_baseline
 from facemask.data.datamodule import ImageData
 from facemask.data.manifest import label_conflicts
 from facemask.data.splits import write_split
+from facemask.errors import UserError
 from facemask.evaluate import predict_splits
 from facemask.modeling.classifier import Classifier
 from facemask.modeling.teacher import TrainingSplit
@@ -76,11 +77,13 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
     _quiet_lightning()
 
     # -- everything that can be wrong is found here, before the run folder is written
-    trainer_partial = hydra.utils.instantiate(cfg.trainer, _partial_=True)
-    trainer: pl.Trainer = trainer_partial(logger=False, enable_checkpointing=False)
+    trainer = _trainer(cfg, logger=False, enable_checkpointing=False)
     device = trainer.strategy.root_device
     data = build_data(cfg)
     data.prepare(cfg.evaluate.splits)
+    for split in cfg.evaluate.splits:
+        if not len(data.rows(split)):
+            raise UserError(f"evaluate.splits names {split}, but the split has no {split} picture: leave it out")
     spec = hydra.utils.instantiate(cfg.teacher) if distills(cfg) else None
     if spec is not None:
         data.crossfit = spec.crossfit
@@ -103,7 +106,7 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
         _print_start(cfg, data, classifier, trainer, folder)
     loggers = _loggers(cfg, config, data, folder)
     callbacks = [*hydra.utils.instantiate(cfg.callbacks or {}).values(), counter]
-    trainer = trainer_partial(logger=[curves, *loggers], callbacks=callbacks, default_root_dir=folder.path)
+    trainer = _trainer(cfg, logger=[curves, *loggers], callbacks=callbacks, default_root_dir=folder.path)
 
     # -- the teacher, fitted once and kept
     teacher = teacher_file = None
@@ -157,6 +160,10 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
 
 
 # -- the parts --------------------------------------------------------------------------------------------------
+
+
+def _trainer(cfg: DictConfig, **arguments: Any) -> pl.Trainer:
+    return hydra.utils.instantiate(cfg.trainer, _partial_=True)(**arguments)
 
 
 def build_data(cfg: DictConfig) -> ImageData:

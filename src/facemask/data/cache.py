@@ -75,7 +75,7 @@ def open_cache(
     with FileLock(f"{folder}.lock"):
         try:
             return PixelCache(folder)
-        except (OSError, ValueError, KeyError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
             shutil.rmtree(folder, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         try:

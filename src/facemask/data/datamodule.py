@@ -17,7 +17,7 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 from filelock import FileLock
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from facemask.data import faces, splits, synthetic
 from facemask.data.cache import PixelCache, open_cache
@@ -120,6 +120,18 @@ class EpochSampler(Sampler):
         return iter([(self.epoch, int(index)) for index in shared[self.rank :: self.world_size]])
 
 
+class FirstEpoch(SequentialSampler):
+    """Epoch 0 of a sampler again and again, for `trainer.overfit_batches`; Lightning would replace anything that is no
+    `SequentialSampler`."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.keys = list(sampler)
+        super().__init__(self.keys)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.keys)
+
+
 def _quiet_worker(_: int) -> None:
     cv2.setNumThreads(0)  # OpenCV would start threads of its own in every worker
 
@@ -132,7 +144,7 @@ class ImageData(pl.LightningDataModule):
         img_size: side of a view in pixels.
         batch_size: pictures of one step over all ranks together.
         num_workers: loader processes per rank; 0 loads in the training process.
-        crop_pct: the short side is resized to round(img_size / crop_pct) before the centre crop.
+        crop_pct: the short side is resized to floor(img_size / crop_pct), as in timm, before the centre crop.
         fraction, fold, folds, label_noise, split_seed, split_ratios: see `facemask.data.splits`.
         cache_dir: decoded pixels are kept here.
         default_img_size: read by conf/model/_base.yaml alone.
@@ -158,7 +170,7 @@ class ImageData(pl.LightningDataModule):
         folds: int = 5,
         label_noise: float = 0.0,
         split_seed: int = 0,
-        split_ratios: Sequence[float] = (0.7, 0.1, 0.2),
+        split_ratios: tuple[float, float, float] = (0.7, 0.1, 0.2),
         cache_dir: str | Path = ".cache/facemask",
         default_img_size: int | None = None,
     ) -> None:
@@ -167,13 +179,14 @@ class ImageData(pl.LightningDataModule):
         self.img_size = img_size
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.working_size = max(img_size, round(img_size / crop_pct))
+        self.working_size = int(img_size / crop_pct)
         self.fraction = fraction
         self.fold = fold
         self.folds = folds
         self.label_noise = label_noise
         self.split_seed = split_seed
-        self.split_ratios = tuple(split_ratios)
+        train, val, test = split_ratios
+        self.split_ratios = (train, val, test)
         self.cache_dir = Path(cache_dir)
         self.crossfit = 1
         self._prepared: tuple[str, ...] = ()
@@ -199,6 +212,7 @@ class ImageData(pl.LightningDataModule):
         if self._prepared == wanted:
             return
         table = self.load_table()
+        classes = sorted(table["label"].unique())
         table = self._without_bad(table, dict(zip(table["path"], table["problem"], strict=True)))
         table = self._with_splits(table)
         # Unneeded splits stay in the table (and in the fingerprint) but their pictures are not decoded.
@@ -209,7 +223,8 @@ class ImageData(pl.LightningDataModule):
         self.table = table.sort_values("path", ignore_index=True)
         self.pixels = cache
         self.cache_rows = np.array([cache_row.get(path, -1) for path in self.table["path"]])
-        self.classes = sorted(self.table["label"].unique())
+        self.classes = classes
+        self._check_splits(wanted)
         self.fingerprint = splits.fingerprint(self.table)
         self._prepared = wanted
         self._noisy = self._noisy_labels()
@@ -234,6 +249,17 @@ class ImageData(pl.LightningDataModule):
         if self.fraction < 1:
             table = splits.take_fraction(table, self.fraction, self.split_seed)
         return table
+
+    def _check_splits(self, wanted: Sequence[str]) -> None:
+        if empty := sorted(set(wanted) - set(self.table["split"])):
+            raise UserError(
+                f"no picture is left in {' and '.join(empty)}: add pictures, choose another split, or leave it out of "
+                "evaluate.splits"
+            )
+        if lost := sorted(set(self.classes) - set(self.table["label"][self.table["split"] == "train"])):
+            raise UserError(
+                f"no usable picture of {', '.join(lost)} is left in train: add pictures, or remove the class's folder"
+            )
 
     def _noisy_labels(self) -> pd.Series:
         if self.label_noise == 0:
@@ -260,7 +286,7 @@ class ImageData(pl.LightningDataModule):
 
     def picture(self, path: str) -> np.ndarray:
         """The evaluation view of a picture by its path: uint8 (H, W, 3)."""
-        row = int(np.searchsorted(self.table["path"].to_numpy().astype(str), path))
+        row = pd.Index(self.table["path"]).get_loc(path)
         return centre_crop(self.pixels[self.cache_rows[row]], self.img_size)
 
     def train_views(self, noisy: bool = True) -> TrainViews:
@@ -281,6 +307,8 @@ class ImageData(pl.LightningDataModule):
 
     def eval_loader(self, split: str, batch_size: int, rank: int = 0, world_size: int = 1) -> DataLoader:
         """Evaluation views of a split in the table's order; rank r of w gets every w-th picture, none twice."""
+        if split not in self._prepared:
+            raise ValueError(f"the pictures of {split} are not decoded: name it in prepare()")
         rows = self.rows(split)[rank::world_size]
         views = EvalViews(self.pixels, self.cache_rows[rows], self.labels(rows), self.img_size)
         return DataLoader(views, batch_size, **self._workers())
@@ -305,11 +333,13 @@ class ImageData(pl.LightningDataModule):
         rank, world_size = self._rank()
         if self.batch_size % world_size:
             raise UserError(
-                f"data.batch_size={self.batch_size} is shared by {world_size} processes: choose a multiple of {world_size}"
+                f"data.batch_size={self.batch_size} is shared by {world_size} processes: "
+                f"choose a multiple of {world_size}"
             )
         views = self.train_views()
-        sampler = EpochSampler(len(views), self.augmentation.seed, rank, world_size)
+        epochs = EpochSampler(len(views), self.augmentation.seed, rank, world_size)
         share = self.batch_size // world_size
+        sampler = FirstEpoch(epochs) if getattr(self.trainer, "overfit_batches", 0) > 0 else epochs
         # A smaller last batch would be a noisier step; a set smaller than one batch is used whole.
         return DataLoader(views, share, sampler=sampler, drop_last=len(sampler) >= share, **self._workers())
 
@@ -346,7 +376,8 @@ class FolderData(ImageData):
         table = scan_folder(self.root)
         if self.split is None or self.fold is not None:
             return table
-        table = table.assign(split=splits.read_split(self.split, table))
+        named, self.unnamed = splits.read_split(self.split, table)
+        table = table.assign(split=named)
         return table[table["split"].notna()]
 
     def read(self, path: str) -> bytes:

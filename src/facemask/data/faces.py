@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Points = NDArray[np.float64]
-Image = NDArray[np.uint8]
 Colour = tuple[float, float, float]
 Place = Callable[[Points], Points]
 
@@ -263,8 +262,8 @@ class Canvas:
 
     def __init__(self, image: NDArray[np.uint8]) -> None:
         self.image = image
-        self.cover = np.zeros(image.shape[:2], np.uint8)
-        self.region = np.zeros(image.shape[:2], np.uint8)
+        self.cover: NDArray[np.uint8] = np.zeros(image.shape[:2], np.uint8)
+        self.region: NDArray[np.uint8] = np.zeros(image.shape[:2], np.uint8)
 
     def fill(self, outline: Points, colour: Colour) -> None:
         """Fill a polygon (pixels) opaquely."""
@@ -283,7 +282,7 @@ class Canvas:
     def tint(self, outline: Points, colour: Colour, alpha: float, soft: float = 0.0) -> None:
         """Blend a colour into a polygon (pixels) with an edge `soft` pixels wide; hides nothing."""
         margin = 2 + 3 * soft
-        height, width = self.cover.shape[:2]
+        height, width = self.cover.shape
         left, top = np.maximum(0, np.floor(outline.min(axis=0) - margin)).astype(int)
         right, bottom = np.minimum((width, height), np.ceil(outline.max(axis=0) + margin)).astype(int)
         if left >= right or top >= bottom:
@@ -365,11 +364,11 @@ def draw_background(style: Style, rng: np.random.Generator) -> NDArray[np.uint8]
     elif style.background == "texture":
         cells = rng.integers(0, 256, (int(rng.integers(5, 20)), int(rng.integers(5, 20))), dtype=np.uint8)
         field = cv2.resize(cells, (width, height), interpolation=cv2.INTER_LINEAR)
-        canvas.blend(swatch(second), field)
+        canvas.blend(swatch(second), np.asarray(field, np.uint8))
     elif style.background == "crowd":
         for _ in range(int(rng.integers(5, 10))):
             draw_bystander(canvas, rng)
-        image = cv2.GaussianBlur(image, (0, 0), 0.012 * width)
+        return np.asarray(cv2.GaussianBlur(image, (0, 0), 0.012 * width), np.uint8)
     return image
 
 
@@ -871,7 +870,7 @@ def light_field(style: Style, pose: Pose, cover: NDArray[np.uint8]) -> NDArray[n
     )
     slope = 1 + np.float32(0.35 * strength) * (x * np.float32(to_x / style.width) + y * np.float32(to_y / style.height))
     weight = np.clip((1 - square) * 3, 0, 1) * (cover / np.float32(255))
-    return (slope + (head - slope) * weight)[..., None]
+    return (slope + (head - slope) * weight)[..., None].astype(np.float32)
 
 
 def apply_light(image: NDArray[np.uint8], field: NDArray[np.float32], light: str) -> NDArray[np.uint8]:
@@ -980,11 +979,11 @@ def balance_colours(
     bare = skin if rng.random() < 0.6 else skin_colour(rng.random())
     cloth = material if rng.random() < 0.6 else cloth_colour(str(rng.choice(list(CLOTH))), skin, rng)
     for colour, pattern, area in (
+        # Either class gets objects of these colours first: one alone must not tell what it stands for.
+        (bare, "plain", full * max(0, rng.uniform(-0.4, 0.9))),
+        (cloth, style.mask_pattern, full * max(0, rng.uniform(-0.4, 0.9))),
         (skin, "plain", hidden * (1 - bearded)),
         (hair, "plain", hidden * bearded),
         (material, style.mask_pattern, full - shown),
-        # The same colours again, in either class: an object alone must not tell what it stands for.
-        (bare, "plain", full * max(0, rng.uniform(-0.4, 0.9))),
-        (cloth, style.mask_pattern, full * max(0, rng.uniform(-0.4, 0.9))),
     ):
         draw_behind(canvas, shade(colour, bright), pattern, area, rng)

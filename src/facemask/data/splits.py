@@ -27,7 +27,7 @@ def make_split(table: pd.DataFrame, seed: int, ratios: tuple[float, float, float
     """
     if len(ratios) != 3 or min(ratios) < 0 or ratios[0] == 0 or abs(sum(ratios) - 1) > 1e-6:
         raise UserError(
-            f"data.ratios={list(ratios)} must be three shares (train, val, test) that sum to 1, train above 0"
+            f"data.split_ratios={list(ratios)} must be three shares (train, val, test) that sum to 1, train above 0"
         )
     shares = {name: ratio for name, ratio in zip(SPLITS, ratios, strict=True) if ratio > 0}
     return _assign(table, shares, f"split:{seed}").rename("split")

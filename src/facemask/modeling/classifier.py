@@ -62,8 +62,8 @@ class Classifier(pl.LightningModule):
         self._teacher: tuple[Teacher, ...] = ()
         self._teacher_folds = torch.zeros(0, dtype=torch.long)
         watched = [*self.heads, "mean"] if len(self.heads) > 1 else self.heads
-        self.val_accuracy = nn.ModuleDict({h: MulticlassAccuracy(len(classes), average="micro") for h in watched})
-        self.val_nll = nn.ModuleDict({h: MeanMetric() for h in watched})
+        self.val_accuracy: Any = nn.ModuleDict({h: MulticlassAccuracy(len(classes), average="micro") for h in watched})
+        self.val_nll: Any = nn.ModuleDict({h: MeanMetric() for h in watched})
 
     def attach_teacher(self, teacher: Teacher, folds: Tensor) -> None:
         """Give the objective its teacher.
@@ -85,6 +85,12 @@ class Classifier(pl.LightningModule):
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W) -> logits (B, C) by head."""
         return self.head_logits(self.backbone(pixels))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The weights are in the checkpoint: reading it needs neither the hub nor the file that they started from.
+        model = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["model"]
+        start = {key: value for key, value in {"pretrained": False, "checkpoint": None}.items() if key in model}
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["model"] = {**model, **start}
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -124,7 +130,7 @@ class Classifier(pl.LightningModule):
             "student_teacher_agreement": (student == decision).float().mean(),
         }
         shares = {f"train/{name}": value for name, value in shares.items()}
-        self.log_dict(shares, on_step=False, on_epoch=True, batch_size=len(target))
+        self.log_dict(shares, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(target))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits = self(batch["pixels"])
@@ -135,7 +141,7 @@ class Classifier(pl.LightningModule):
             self.log(f"val/accuracy{suffix}", metric, prog_bar=not suffix)
             self.log(f"val/nll{suffix}", self.val_nll[head], prog_bar=not suffix)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optim = self.hparams["optim"]
         lr = scaled_lr(optim["lr"], self.hparams["global_batch"], optim["lr_batch_size"])
         groups = parameter_groups(self.backbone, self.objective, lr, optim["weight_decay"], optim["layer_decay"])

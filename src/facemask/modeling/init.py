@@ -5,7 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+
+from facemask.errors import UserError
 
 
 def sincos_positions(side: int, dim: int, temperature: float = 100.0) -> Tensor:
@@ -31,7 +34,15 @@ def structured_init(network: Any) -> None:
     Args:
         network: timm VisionTransformer with a square patch grid and class-token positions (`no_embed_class=False`).
             Random numbers come from torch's global generator and, for the neighbours, from a fixed seed.
+
+    Raises:
+        UserError: another kind of network.
     """
+    if not isinstance(network, VisionTransformer) or network.no_embed_class or network.pos_embed is None:
+        raise UserError(
+            f"model.init=structured needs a vision transformer with class-token positions, and "
+            f"{type(network).__name__} is none: choose model.init=timm"
+        )
     dim, prefix = network.embed_dim, network.num_prefix_tokens
     side = network.patch_embed.grid_size[0]
     network.pos_embed[0, prefix:] = 0.5 * sincos_positions(side, dim)

@@ -161,7 +161,7 @@ class FeatureDistillation(Objective):
 
     Args:
         base: any objective of this module, for the heads.
-        weight: weight of the mean feature distance.
+        weight: of the sum of the feature distances.
     """
 
     needs_teacher = True
@@ -184,8 +184,7 @@ class FeatureDistillation(Objective):
         assert teacher is not None
         assert outputs.patch_tokens is not None
         losses = self.base(outputs, target, teacher)
-        batch, tokens, _ = outputs.patch_tokens.shape
-        side = round(tokens**0.5)
+        side = round(outputs.patch_tokens.shape[1] ** 0.5)
         distances = {}
         for number, (project, feature_map) in enumerate(
             zip(self.map_projections, teacher.feature_maps, strict=True), 1

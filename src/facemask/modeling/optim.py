@@ -63,8 +63,8 @@ def warmup_cosine(
 
 
 def ema_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Exponential moving average with warm-up: decay_t = min(decay, (1 + t) / (10 + t)), as timm's ModelEmaV3 and
-    TensorFlow's ExponentialMovingAverage do, so that a short run does not average its random start."""
+    """Exponential moving average with warm-up: decay_t = min(decay, (1 + t) / (10 + t)), as TensorFlow's
+    ExponentialMovingAverage does with num_updates, so that a short run does not average its random start."""
 
     def average(averaged: Tensor, current: Tensor, num_averaged: Tensor) -> Tensor:
         step = float(num_averaged)

@@ -25,7 +25,7 @@ from facemask.modeling.weights import hub_file, lite0_state_dict, read_state_dic
 log = logging.getLogger(__name__)
 
 # Part of every kept teacher's key: raised whenever fitting changes what comes out.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,17 @@ class TeacherSpec:
     checkpoint: str | None
     seed: int
 
-    def dims(self) -> tuple[list[int], int]:
-        """(channels of each feature map, pooled width), from the architecture alone."""
-        teacher = _new_teacher(replace(self, weights=None), 1, 2)
+    def dims(self, classes: list[str] | None = None) -> tuple[list[int], int]:
+        """(channels of each feature map, pooled width), from the architecture alone; given the classes of the data,
+        from the teacher file where one is named.
+
+        Raises:
+            UserError: unknown name, or a teacher file that does not fit the data.
+        """
+        if self.checkpoint and classes is not None:
+            teacher = load_teacher(Path(self.checkpoint), classes)
+        else:
+            teacher = _new_teacher(replace(self, weights=None), 1, 2)
         return teacher.map_channels, teacher.pooled_dim
 
     def obtain(self, split: "TrainingSplit", device: torch.device, cache_dir: Path) -> tuple["Teacher", Path]:
@@ -94,6 +102,11 @@ class Teacher(nn.Module):
         mean, std: the CNN's normalisation of pixels / 255.
     """
 
+    mean: Tensor
+    std: Tensor
+    head_weight: Tensor
+    head_bias: Tensor
+
     def __init__(
         self,
         cnns: list[nn.Module],
@@ -112,8 +125,8 @@ class Teacher(nn.Module):
         self.register_buffer("head_weight", torch.zeros(crossfit, num_classes, self.pooled_dim))
         self.register_buffer("head_bias", torch.zeros(crossfit, num_classes))
         for number, width in enumerate([*self.map_channels, self.pooled_dim]):
-            self.register_buffer(f"feature_mean{number}", torch.zeros(width))
-            self.register_buffer(f"feature_std{number}", torch.ones(width))
+            self.register_buffer(f"feature_mean{number}", torch.zeros(len(cnns), width))
+            self.register_buffer(f"feature_std{number}", torch.ones(len(cnns), width))
         self.eval().requires_grad_(False)
         self.to(memory_format=torch.channels_last)
 
@@ -165,27 +178,25 @@ class Teacher(nn.Module):
                     for fold in range(crossfit)
                 ]
             )
-            maps, pooled = per_cnn[0]
-            if folds is None:
-                chosen = logits.mean(dim=0)
-            else:
+            standard = [self._standard([*maps, pooled], cnn) for cnn, (maps, pooled) in enumerate(per_cnn)]
+            chosen, features = logits.mean(dim=0), standard[0]
+            if folds is not None:
                 rows = torch.arange(len(pixels), device=pixels.device)
                 chosen = logits[folds.to(pixels.device), rows]
                 if len(per_cnn) > 1:
-                    maps = [
-                        torch.stack([per_cnn[int(fold)][0][level][row] for row, fold in enumerate(folds)])
-                        for level in range(len(maps))
+                    features = [
+                        torch.stack([standard[fold][level][row] for row, fold in enumerate(folds.tolist())])
+                        for level in range(len(features))
                     ]
-                    pooled = torch.stack([per_cnn[int(fold)][1][row] for row, fold in enumerate(folds)])
-            return TeacherOutputs(
-                chosen, [self._standard(m, n) for n, m in enumerate(maps)], self._standard(pooled, -1)
-            )
+            return TeacherOutputs(chosen, features[:-1], features[-1])
 
-    def _standard(self, features: Tensor, number: int) -> Tensor:
-        number = number % (len(self.map_channels) + 1)
-        shape = (1, -1, 1, 1) if features.ndim == 4 else (1, -1)
-        mean, std = getattr(self, f"feature_mean{number}"), getattr(self, f"feature_std{number}")
-        return (features - mean.view(shape)) / std.view(shape)
+    def _standard(self, features: list[Tensor], cnn: int) -> list[Tensor]:
+        scaled = []
+        for number, values in enumerate(features):
+            shape = (1, -1, 1, 1) if values.ndim == 4 else (1, -1)
+            mean, std = getattr(self, f"feature_mean{number}")[cnn], getattr(self, f"feature_std{number}")[cnn]
+            scaled.append((values - mean.view(shape)) / std.view(shape))
+        return scaled
 
 
 def _cnn_features(cnn: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -210,10 +221,23 @@ def fit_or_load(spec: TeacherSpec, split: TrainingSplit, device: torch.device, c
         The teacher and its file.
 
     Raises:
-        UserError: weights that cannot be had, or a teacher file of other classes.
+        UserError: weights that cannot be had, or a teacher file of other classes or other cross-fitting folds.
     """
     if spec.checkpoint:
-        return load_teacher(Path(spec.checkpoint), split.classes), Path(spec.checkpoint)
+        given = Path(spec.checkpoint)
+        teacher, meta = load_teacher(given, split.classes), _read_meta(given)
+        folds = len(teacher.head_weight)
+        if folds != spec.crossfit:
+            raise UserError(
+                f"the teacher {given} has {folds} cross-fitting fold(s) and teacher.crossfit={spec.crossfit}: "
+                f"set teacher.crossfit={folds} or fit a teacher (teacher.checkpoint=null)"
+            )
+        if folds > 1 and meta["fingerprint"] != split.fingerprint:
+            raise UserError(
+                f"the teacher {given} was cross-fitted on other data, so its folds say nothing about these pictures: "
+                "fit a teacher on this data (teacher.checkpoint=null)"
+            )
+        return teacher, given
     file = cache_dir / "teachers" / f"{teacher_key(spec, split)}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
@@ -238,7 +262,8 @@ def fit(spec: TeacherSpec, split: TrainingSplit, device: torch.device) -> Teache
         for fold in range(spec.crossfit):
             rows = _rows_without(split.folds, fold, spec.crossfit)
             _train_cnn(teacher, fold, split, rows, spec, device)
-    pooled, labels = _fit_feature_scales(teacher, split, device)
+    for cnn in range(len(teacher.cnns)):
+        pooled, labels = _fit_feature_scales(teacher, cnn, split, device)
     if spec.train == "frozen":
         for fold in range(spec.crossfit):
             rows = _rows_without(split.folds, fold, spec.crossfit)
@@ -313,15 +338,18 @@ def _train_cnn(
     cnn.eval().requires_grad_(False)
 
 
-def _fit_feature_scales(teacher: Teacher, split: TrainingSplit, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of every feature over the training split; returns pooled features and labels."""
+def _fit_feature_scales(
+    teacher: Teacher, cnn: int, split: TrainingSplit, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of every feature of a CNN over the training split; returns its pooled features and
+    the labels."""
     pooled, labels = [], []
     widths = [*teacher.map_channels, teacher.pooled_dim]
     count = [0] * len(widths)
     total = [torch.zeros(width, dtype=torch.float64) for width in widths]
     square = [torch.zeros(width, dtype=torch.float64) for width in widths]
     for batch in split.eval_batches():
-        maps, features = teacher.features(batch["pixels"].to(device))
+        maps, features = teacher.features(batch["pixels"].to(device), cnn)
         for number, values in enumerate([*maps, features]):
             flat = (
                 values.double().cpu().flatten(2).transpose(1, 2).flatten(0, 1)
@@ -336,8 +364,8 @@ def _fit_feature_scales(teacher: Teacher, split: TrainingSplit, device: torch.de
     for number in range(len(widths)):
         mean = total[number] / count[number]
         variance = (square[number] / count[number] - mean.square()).clamp(min=0)
-        getattr(teacher, f"feature_mean{number}").copy_(mean)
-        getattr(teacher, f"feature_std{number}").copy_(variance.sqrt() + 1e-3)  # a constant channel stays finite
+        getattr(teacher, f"feature_mean{number}")[cnn] = mean
+        getattr(teacher, f"feature_std{number}")[cnn] = variance.sqrt() + 1e-3  # a constant channel stays finite
     return np.concatenate(pooled), np.concatenate(labels)
 
 
@@ -378,21 +406,27 @@ def load_teacher(file: Path, classes: list[str]) -> Teacher:
     Raises:
         UserError: no such file, damaged, no teacher, or fitted on other classes or another class order.
     """
-    if not file.is_file():
-        raise UserError(f"teacher.checkpoint={file} does not exist")
-    try:
-        with safe_open(file, "pt") as opened:
-            meta = json.loads((opened.metadata() or {})["facemask_teacher"])
-        state = load_file(file)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{file} is no readable teacher file: give one that an earlier run kept") from error
+    meta = _read_meta(file)
     if meta["classes"] != classes:
         raise UserError(
             f"the teacher {file} knows the classes {meta['classes']} and the data has {classes}, in this order: "
             "fit a teacher on this data (teacher.checkpoint=null)"
         )
-    spec = TeacherSpec(**meta["spec"])
-    cnns = [timm.create_model(spec.name, num_classes=0) for _ in range(meta["cnns"])]
-    teacher = Teacher(cnns, len(classes), spec.crossfit, spec.img_size, (0.0,) * 3, (1.0,) * 3)
-    teacher.load_state_dict(state)
+    try:
+        spec = TeacherSpec(**meta["spec"])
+        cnns = [timm.create_model(spec.name, num_classes=0) for _ in range(meta["cnns"])]
+        teacher = Teacher(cnns, len(classes), spec.crossfit, spec.img_size, (0.0,) * 3, (1.0,) * 3)
+        teacher.load_state_dict(load_file(file))
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise UserError(f"{file} is a teacher of another version of this project: fit it again") from error
     return teacher
+
+
+def _read_meta(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"teacher.checkpoint={file} does not exist")
+    try:
+        with safe_open(file, "pt") as opened:
+            return json.loads((opened.metadata() or {})["facemask_teacher"])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise UserError(f"{file} is no readable teacher file: give one that an earlier run kept") from error

@@ -1,0 +1,38 @@
+# Every target sets up what it needs: a virtual environment in .venv with the project installed in it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two test processes with one thread each are faster than one with two.
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all lint types clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+train: $(VENV)/installed ## Train, distil and report on the embedded data (ARGS="model=deit seed=1" changes the run)
+	$(BIN)/python train.py model=deit_distilled $(ARGS)
+
+test: $(VENV)/installed ## The fast tests
+	$(TEST) -m "not slow"
+
+test-all: $(VENV)/installed ## All tests
+	$(TEST)
+
+lint: $(VENV)/installed ## Style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed ## Types
+	$(BIN)/mypy
+
+clean: ## Remove the virtual environment and every cache (runs stay)
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is older than 3.11: name another with make PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
