@@ -112,7 +112,8 @@ def test_training_figures_count_what_was_done(distilled):
     assert training["train_steps_per_second"] * training["train_runtime"] == pytest.approx(10)
     curves = pd.read_csv(folder / "curves.csv")
     assert training["train_loss"] == pytest.approx(curves["train/loss"].mean(), rel=1e-6)
-    assert curves["step"].tolist() == sorted(curves["step"]) and curves["train/loss"].count() == 10
+    assert curves["step"].tolist() == sorted(curves["step"])
+    assert curves["train/loss"].count() == 10
 
 
 def test_the_distillation_is_described_on_the_views_used(distilled):
@@ -120,7 +121,8 @@ def test_the_distillation_is_described_on_the_views_used(distilled):
     facts = json.loads((folder / "summary.json").read_text())["distillation"]
     curves = pd.read_csv(folder / "curves.csv")
     assert facts["teacher_label_disagreement"] == pytest.approx(curves["train/teacher_label_disagreement"].mean())
-    assert 0 <= facts["student_teacher_agreement"] <= 1 and facts["teacher_entropy"] > 0
+    assert 0 <= facts["student_teacher_agreement"] <= 1
+    assert facts["teacher_entropy"] > 0
     assert facts["degenerate"] is False
 
 
@@ -136,7 +138,7 @@ def test_checkpoints_are_hashed_and_load_alone(distilled):
 
 
 def test_wandb_ran_offline_once(distilled):
-    folder, output = distilled
+    folder, _output = distilled
     assert len(list((folder / "wandb").glob("offline-run-*/*.wandb"))) == 1
     assert (folder / "csv" / "metrics.csv").exists()
 
@@ -149,14 +151,15 @@ def test_the_report_is_one_page(distilled):
 
 
 def test_an_existing_run_is_never_overwritten_and_can_be_shown_again(cache, distilled):
-    folder, first = distilled
+    folder, _first = distilled
     before = (folder / "predictions.parquet").read_bytes()
     output = run(cache, "model=deit_distilled", f"run_dir={folder}", "logger=[wandb,csv]", code=2)
     assert "is never overwritten" in output
     again = run(cache, "model=deit_distilled", f"run_dir={folder}", "logger=[wandb,csv]", "resume=true")
     assert "student mean of heads" in again  # finished: nothing is trained, the table is shown
     other = run(cache, "model=deit_distilled", f"run_dir={folder}", "resume=true", "optim.lr=1", code=2)
-    assert "holds a run of another config" in other and "optim.lr" in other
+    assert "holds a run of another config" in other
+    assert "optim.lr" in other
     assert (folder / "predictions.parquet").read_bytes() == before
 
 
@@ -164,7 +167,9 @@ def test_vit_and_deit_under_one_recipe_are_the_same_bits(cache, tmp_path):
     options = ["model=vit,deit", "recipe=deit", "seed=0", "+sweep_name=same", "logger=none", "evaluate.splits=[val]"]
     run(cache, "-m", *options, f"hydra.sweep.dir={tmp_path}/same")
     folders = sorted(path.parent for path in tmp_path.glob("same/*/config.yaml"))
-    assert len(folders) == 2 and "model=deit" in folders[0].name and "model=vit" in folders[1].name
+    assert len(folders) == 2
+    assert "model=deit" in folders[0].name
+    assert "model=vit" in folders[1].name
     assert same_bits(*folders)
     frames = [read_predictions(folder / "predictions.parquet")[0] for folder in folders]
     pd.testing.assert_frame_equal(*frames)
@@ -238,7 +243,8 @@ def test_multirun_gives_each_job_a_folder_and_a_wandb_run(cache, tmp_path):
     assert len(folders) == 2
     ids = {json.loads((folder / "status.json").read_text())["id"] for folder in folders}
     runs = [path.stem.removeprefix("run-") for folder in folders for path in folder.glob("wandb/offline-*/*.wandb")]
-    assert len(ids) == 2 and set(runs) == ids
+    assert len(ids) == 2
+    assert set(runs) == ids
     heads = [set(json.loads((folder / "metrics.json").read_text())["val"]) for folder in folders]
     assert [("teacher" in names) for names in heads] == [False, True]
     assert all("mean" in names for names in heads)  # distill=none trains both heads of a token model

@@ -4,28 +4,41 @@ Everything here works on the composed config alone, so that a wrong key, value o
 """
 
 import difflib
+import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from facemask.errors import UserError
 
-OmegaConf.register_new_resolver("facemask.slug", lambda text: re.sub(r"[/\\ ]+", "_", text), replace=True)
+
+def job_folder(overrides: list[str], number: int) -> str:
+    """Folder name of one job of a multirun: the overrides that differ between its jobs, or its number."""
+    options = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(options)
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    name = ",".join(sorted(override for override in overrides if override.split("=")[0].lstrip("+~") in swept))
+    return re.sub(r"[/\\ ]+", "_", name)[:200] or str(number)
+
+
+OmegaConf.register_new_resolver("facemask.job_folder", job_folder, replace=True)
 
 OBJECTIVES = "facemask.modeling.objectives."
 NEEDS_TOKEN = {OBJECTIVES + "HardDistillation", OBJECTIVES + "SoftDistillation"}
 REFUSES_TOKEN = {OBJECTIVES + "LogitDistillation"}
-LABELS_ONLY = {OBJECTIVES + "Labels"}
 
 _ABSENT = object()
 
@@ -142,7 +155,7 @@ def has_token(cfg: DictConfig) -> bool:
 
 def distills(cfg: DictConfig) -> bool:
     """Whether the run needs a teacher."""
-    return cfg.distill._target_ not in LABELS_ONLY
+    return bool(get_class(cfg.distill._target_).needs_teacher)  # type: ignore[attr-defined]
 
 
 def check(cfg: DictConfig) -> None:
@@ -182,6 +195,13 @@ def check(cfg: DictConfig) -> None:
         raise UserError(
             f"model.img_size={cfg.model.img_size} is not a multiple of the patch size {step}: "
             f"choose {lower} or {lower + step}"
+        )
+    if fold is not None and OmegaConf.select(cfg, "data.split"):
+        raise UserError("data.fold and data.split both say which pictures are tested: give one of the two")
+    if base and (cfg.teacher.get("train") != "frozen" and cfg.teacher.get("crossfit", 1) > 1):
+        raise UserError(
+            "distill=feature needs one feature space, and teacher.crossfit trains a CNN for every fold: "
+            "choose teacher.train=frozen or teacher.crossfit=1"
         )
     if cfg.model.pretrained and cfg.model.checkpoint:
         raise UserError("model.pretrained=true and model.checkpoint both name weights: give one of the two")
@@ -230,10 +250,28 @@ class CheckBeforeRun(Callback):
             stop(error)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        task = config.hydra.overrides.task
-        if any(re.match(r"\+*run_dir=|hydra\.run\.dir=", override) for override in task):
+        given = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
+        if any(re.match(r"\+*(hydra\.)?run[_.]dir=", override) for override in given):
             sentence = "-m gives every job a folder of its own, so run_dir cannot be fixed: leave it out, "
             stop(UserError(sentence + "or name the folder of all jobs with +sweep_name=NAME"))
+        for job_overrides in _jobs(config.hydra.overrides.task):
+            try:
+                composed = compose(config.hydra.job.config_name, job_overrides, return_hydra_config=True)
+                HydraConfig.instance().set_config(composed)
+                check(composed)
+            except (UserError, HydraException, OmegaConfBaseException) as error:
+                stop(error)
+
+
+def _jobs(overrides: list[str], most: int = 200) -> Iterator[list[str]]:
+    """The overrides of each job of Hydra's basic sweeper, at most so many: all are checked before the first runs."""
+    choices = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_sweep_override():
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([str(override.input_line)])
+    return map(list, itertools.islice(itertools.product(*choices), most))
 
 
 def as_plain(cfg: Any) -> Any:

@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -51,7 +52,10 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
     cfg.run_dir = HydraConfig.get().runtime.output_dir
     folder = RunFolder(Path(cfg.run_dir))
     try:
-        return _train(cfg, folder)
+        try:
+            return _train(cfg, folder)
+        except MisconfigurationException as error:
+            raise UserError(" ".join(str(error).split())) from error
     except BaseException as error:
         if is_main_process():
             if not folder.status():
@@ -81,9 +85,6 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
     device = trainer.strategy.root_device
     data = build_data(cfg)
     data.prepare(cfg.evaluate.splits)
-    for split in cfg.evaluate.splits:
-        if not len(data.rows(split)):
-            raise UserError(f"evaluate.splits names {split}, but the split has no {split} picture: leave it out")
     spec = hydra.utils.instantiate(cfg.teacher) if distills(cfg) else None
     if spec is not None:
         data.crossfit = spec.crossfit
@@ -94,28 +95,25 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
         classes=data.classes,
         seed=cfg.seed,
         global_batch=data.batch_size * trainer.accumulate_grad_batches,
-        teacher_dims=spec.dims() if spec else None,
+        teacher_dims=spec.dims(data.classes) if spec else None,
     )
-    provenance, diff = collect()
-
     curves, counter = Curves(folder.path / "curves.csv"), Counter()
-    if main:
-        if not resuming:
-            folder.start(config, {**provenance, "seeds": _seeds(cfg), "fingerprint": data.fingerprint}, diff)
-            write_split(folder.path / "split.csv", data.table)
-        _print_start(cfg, data, classifier, trainer, folder)
-    loggers = _loggers(cfg, config, data, folder)
     callbacks = [*hydra.utils.instantiate(cfg.callbacks or {}).values(), counter]
-    trainer = _trainer(cfg, logger=[curves, *loggers], callbacks=callbacks, default_root_dir=folder.path)
-
-    # -- the teacher, fitted once and kept
+    provenance, diff = collect()
+    if main:
+        _print_start(cfg, data, classifier, trainer, folder)
     teacher = teacher_file = None
-    if spec is not None:
+    if spec is not None:  # fitted once and kept
         teacher, teacher_file = spec.obtain(training_split(cfg, data), device, Path(cfg.cache_dir))
         classifier.attach_teacher(teacher, torch.from_numpy(data.crossfit_folds()))
         before = teacher.digest()
 
     # -- the student
+    if main and not resuming:
+        folder.start(config, {**provenance, "seeds": _seeds(cfg), "fingerprint": data.fingerprint}, diff)
+        write_split(folder.path / "split.csv", data.table)
+    loggers = _loggers(cfg, config, data, folder)
+    trainer = _trainer(cfg, logger=[curves, *loggers], callbacks=callbacks, default_root_dir=folder.path)
     checkpoint = folder.last_checkpoint if resuming and folder.last_checkpoint.exists() else None
     if checkpoint is not None:
         curves.continue_from(torch.load(checkpoint, "cpu", weights_only=True)["global_step"])
@@ -147,7 +145,7 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
         "data": _data_facts(data),
         "distillation": _distillation_facts(cfg, folder.path / "curves.csv", teacher_file) if teacher else {},
         "training": _training_facts(trainer, counter, classifier, data, numbers, timing),
-        "notes": _notes(cfg, data, student),
+        "notes": _notes(cfg, data, classifier),
     }
     write_json(folder.path / "summary.json", summary)
     run_report(folder.path, pictures=data.picture)
@@ -163,7 +161,10 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _trainer(cfg: DictConfig, **arguments: Any) -> pl.Trainer:
-    return hydra.utils.instantiate(cfg.trainer, _partial_=True)(**arguments)
+    try:
+        return hydra.utils.instantiate(cfg.trainer, _partial_=True)(**arguments)
+    except TypeError as error:
+        raise UserError(f"trainer= does not fit Lightning's Trainer: {error}") from error
 
 
 def build_data(cfg: DictConfig) -> ImageData:
@@ -298,10 +299,10 @@ def _training_facts(
     return facts
 
 
-def _notes(cfg: DictConfig, data: ImageData, student: Classifier) -> list[str]:
+def _notes(cfg: DictConfig, data: ImageData, classifier: Classifier) -> list[str]:
     notes = []
-    if student.backbone.load_report is not None:
-        notes.append(str(student.backbone.load_report))
+    if classifier.backbone.load_report is not None:
+        notes.append(str(classifier.backbone.load_report))
     if cfg.model.pretrained:
         notes.append(
             f"{cfg.model.name} starts from pretrained weights: between runs of different names the weights "

@@ -107,9 +107,9 @@ def test_hard_negatives_have_their_exact_shares() -> None:
     faces = [draw_face(2, i).attributes | {"label": draw_face(2, i).label} for i in range(100)]
     table = pd.DataFrame(faces)
     without = table[table["label"] == "without_mask"]["hard_negative"].value_counts().to_dict()
-    assert without == {"none": 22, "hand": 7, "cup": 7, "scarf": 7, "chin_mask": 7}
+    assert without == {"none": 38, "hand": 3, "cup": 3, "scarf": 3, "chin_mask": 3}
     worn = table[table["label"] == "with_mask"]
-    assert worn["distractor"].value_counts().to_dict() == {"none": 29, "hand": 7, "cup": 7, "scarf": 7}
+    assert worn["distractor"].value_counts().to_dict() == {"none": 41, "hand": 3, "cup": 3, "scarf": 3}
     assert set(worn["hard_negative"]) == {"none"}
 
 

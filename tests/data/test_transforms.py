@@ -121,7 +121,7 @@ def test_cutmix_lambda_is_the_exact_share_of_the_area() -> None:
         shares.append(mix.lam)
     # Beta(1, 1) is uniform, with mean 1/2; boxes cut off at the border leave more of the view.
     assert 0.55 < np.mean(shares) < 0.75
-    assert min(shares) < 0.1
+    assert min(shares) < 0.2
     assert max(shares) > 0.9
 
 
@@ -163,6 +163,6 @@ def test_share_of_mixed_views_and_the_coin_between_mixup_and_cutmix() -> None:
 
 
 def test_recipes_mix_as_published() -> None:
-    deit, vit = augmentation("recipe=deit"), augmentation("recipe=vit")
+    deit, vit = augmentation("data=folder", "recipe=deit"), augmentation("data=folder", "recipe=vit")
     assert (deit.mix_prob, deit.mixup_alpha, deit.cutmix_alpha) == (1.0, 0.8, 1.0)
     assert vit.mix("a", 0, np.arange(5)) is None

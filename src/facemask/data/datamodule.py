@@ -81,7 +81,10 @@ class TrainViews(Dataset):
 
 
 class EvalViews(Dataset):
-    """Evaluation views (centre crop at working size) of some rows of the table."""
+    """Evaluation views (centre crop at working size) of some rows of the table.
+
+    An item is a dictionary of `pixels` uint8 (3, H, W) and `label` (class index).
+    """
 
     def __init__(self, pixels: PixelCache, rows: np.ndarray, labels: np.ndarray, img_size: int) -> None:
         self.pixels = pixels
@@ -94,7 +97,7 @@ class EvalViews(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         pixels = centre_crop(self.pixels[self.rows[index]], self.img_size)
-        return {"pixels": to_tensor(pixels), "label": int(self.labels[index]), "row": index}
+        return {"pixels": to_tensor(pixels), "label": int(self.labels[index])}
 
 
 class EpochSampler(Sampler):

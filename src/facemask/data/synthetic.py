@@ -36,26 +36,26 @@ SPLITS = ("train", "val", "test")
 # Of every 50 consecutive pictures of a class, how many show what: the state that is drawn, what hides the
 # mouth, and what is beside the face.
 Scene = tuple[str, str, str]
-_BESIDE = (("none", 29), ("hand", 7), ("cup", 7), ("scarf", 7))
-_BARE = [("hand", "none", 7), ("cup", "none", 7), ("none", "scarf", 7)]
+_BESIDE = (("none", 41), ("hand", 3), ("cup", 3), ("scarf", 3))
+_BARE = [("hand", "none", 3), ("cup", "none", 3), ("none", "scarf", 3)]
 SCENES: dict[str, list[tuple[Scene, int]]] = {
     "without_mask": [
-        (("no_mask", "none", "none"), 22),
+        (("no_mask", "none", "none"), 38),
         *(((("no_mask", before, beside)), count) for before, beside, count in _BARE),
-        (("mask_under_chin", "none", "none"), 7),
+        (("mask_under_chin", "none", "none"), 3),
     ],
     "with_mask": [(("mask_worn", "none", beside), count) for beside, count in _BESIDE],
     "no_mask": [
-        (("no_mask", "none", "none"), 29),
+        (("no_mask", "none", "none"), 41),
         *(((("no_mask", before, beside)), count) for before, beside, count in _BARE),
     ],
     "mask_worn": [(("mask_worn", "none", beside), count) for beside, count in _BESIDE],
     "mask_below_nose": [(("mask_below_nose", "none", beside), count) for beside, count in _BESIDE],
     # A scarf or a hand would hide the mask that makes these two.
-    "mask_under_chin": [(("mask_under_chin", "none", "none"), 43), (("mask_under_chin", "none", "cup"), 7)],
+    "mask_under_chin": [(("mask_under_chin", "none", "none"), 47), (("mask_under_chin", "none", "cup"), 3)],
     "mask_hanging_from_ear": [
-        (("mask_hanging_from_ear", "none", "none"), 43),
-        (("mask_hanging_from_ear", "none", "cup"), 7),
+        (("mask_hanging_from_ear", "none", "none"), 47),
+        (("mask_hanging_from_ear", "none", "cup"), 3),
     ],
 }
 

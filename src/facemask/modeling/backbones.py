@@ -17,7 +17,7 @@ from timm.layers import HybridEmbed, resample_abs_pos_embed, resample_patch_embe
 from torch import Tensor, nn
 
 from facemask.errors import UserError
-from facemask.modeling.init import structured_init
+from facemask.modeling.init import structured_init, takes_structured_init
 from facemask.modeling.weights import hub_file, lite0_state_dict, read_state_dict
 
 LITE0 = "tf_efficientnet_lite0"
@@ -157,7 +157,8 @@ def build_backbone(
         freeze_patch_embed: keep the hybrid's CNN as ImageNet left it.
         freeze_backbone: train the heads alone.
         depth: number of blocks, where other than the named model's.
-        init: "timm" (truncated normal) or "structured" (see `facemask.modeling.init`).
+        init: "timm" (truncated normal) or "structured" (see `facemask.modeling.init`; where weights are loaded, and
+            for networks that are no plain vision transformers, timm's).
         size: read by conf/model alone.
 
     Raises:
@@ -168,9 +169,6 @@ def build_backbone(
         "drop_rate": drop_rate,
         "drop_path_rate": drop_path_rate,
     }
-    transformer = "patch" in name
-    if transformer:
-        options["img_size"] = img_size
     if depth is not None:
         options["depth"] = depth
     if patch_embed == "efficientnet_lite0":
@@ -182,12 +180,17 @@ def build_backbone(
     # The fused kernel's bf16 backward pass is slow on CPUs: plain matrix products train 1.2 to 1.6 times faster there.
     set_fused_attn(torch.cuda.is_available())
     try:
-        network: Any = timm.create_model(name, pretrained=False, **options)
+        try:
+            network: Any = timm.create_model(name, pretrained=False, img_size=img_size, **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            network = timm.create_model(name, pretrained=False, **options)  # a CNN takes any size
     except (RuntimeError, TypeError, ValueError) as error:
         near = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5])
         raise UserError(f"model.name={name} cannot be built by timm ({error}); near names: {near or 'none'}") from error
 
-    if init == "structured":
+    if init == "structured" and not pretrained and not checkpoint and takes_structured_init(network):
         structured_init(network)
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if patch_embed == "efficientnet_lite0":

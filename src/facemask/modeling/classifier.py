@@ -56,7 +56,11 @@ class Classifier(pl.LightningModule):
             )
         if teacher_dims is not None:
             self.objective.build(self.backbone.network.num_features, *teacher_dims)
+        self._make_optimizer = hydra.utils.instantiate(optim["optimizer"])
+        self._make_scheduler = hydra.utils.instantiate(optim["scheduler"])
         self.heads = self.objective.heads(self.backbone.has_token)
+        if self.backbone.has_token and "head_dist" not in self.heads:
+            self.backbone.network.head_dist.requires_grad_(False)  # nothing trains it
         self.reported_head = "mean" if len(self.heads) > 1 else self.heads[0]
         # In a tuple, so that the teacher is no part of the module: of its state, optimizer, EMA or train().
         self._teacher: tuple[Teacher, ...] = ()
@@ -145,7 +149,7 @@ class Classifier(pl.LightningModule):
         optim = self.hparams["optim"]
         lr = scaled_lr(optim["lr"], self.hparams["global_batch"], optim["lr_batch_size"])
         groups = parameter_groups(self.backbone, self.objective, lr, optim["weight_decay"], optim["layer_decay"])
-        optimizer = hydra.utils.instantiate(optim["optimizer"])(groups)
+        optimizer = self._make_optimizer(groups)
         steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = hydra.utils.instantiate(optim["scheduler"])(optimizer, total_steps=steps)
+        scheduler = self._make_scheduler(optimizer, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -20,6 +20,11 @@ def sincos_positions(side: int, dim: int, temperature: float = 100.0) -> Tensor:
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
 
 
+def takes_structured_init(network: Any) -> bool:
+    """Whether a network has what `structured_init` sets: a vision transformer with class-token positions."""
+    return isinstance(network, VisionTransformer) and network.pos_embed is not None and not network.no_embed_class
+
+
 @torch.no_grad()
 def structured_init(network: Any) -> None:
     """Start a vision transformer where a convolutional network would.
@@ -38,7 +43,7 @@ def structured_init(network: Any) -> None:
     Raises:
         UserError: another kind of network.
     """
-    if not isinstance(network, VisionTransformer) or network.no_embed_class or network.pos_embed is None:
+    if not takes_structured_init(network):
         raise UserError(
             f"model.init=structured needs a vision transformer with class-token positions, and "
             f"{type(network).__name__} is none: choose model.init=timm"
@@ -47,7 +52,7 @@ def structured_init(network: Any) -> None:
     side = network.patch_embed.grid_size[0]
     network.pos_embed[0, prefix:] = 0.5 * sincos_positions(side, dim)
     positions = F.layer_norm(network.pos_embed[0, prefix:], (dim,))
-    basis = torch.linalg.pinv(positions, rtol=1e-2)
+    basis, mixing = torch.linalg.qr(torch.linalg.pinv(positions, rtol=1e-2))  # so that only N x N is decomposed
     neighbours = np.random.default_rng(0)
     for block in network.blocks:
         attention = block.attn
@@ -55,11 +60,12 @@ def structured_init(network: Any) -> None:
         weight = attention.qkv.weight
         for head in range(attention.num_heads):
             shift = _shift(side, *neighbours.integers(-1, 2, size=2).tolist())
-            scores = 6 * width**0.5 * basis @ (shift - 1 / side**2) @ basis.T
+            scores = 6 * width**0.5 * mixing @ (shift - 1 / side**2) @ mixing.T
             left, values, right = torch.linalg.svd(scores)
-            rows = slice(head * width, (head + 1) * width)
-            weight[rows] = (left[:, :width] * values[:width].sqrt()).T
-            weight[dim:][rows] = right[:width] * values[:width, None].sqrt()
+            rank = min(width, len(values))
+            first = head * width
+            weight[first : first + rank] = (basis @ left[:, :rank] * values[:rank].sqrt()).T
+            weight[dim + first : dim + first + rank] = (right[:rank] @ basis.T) * values[:rank, None].sqrt()
         product = 0.4 * torch.randn(dim, dim) / dim**0.5 - 0.4 * torch.eye(dim)
         left, values, right = torch.linalg.svd(product)
         weight[2 * dim :] = right * values[:, None].sqrt()

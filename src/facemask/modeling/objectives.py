@@ -73,11 +73,23 @@ class Objective(nn.Module):
 
 class Labels(Objective):
     """Cross-entropy with the labels. On a token model every head learns them, equally weighted: two class tokens
-    and no teacher, the control that tells a gain of the token from a gain of the teacher."""
+    and no teacher, the control that tells a gain of the token from a gain of the teacher.
+
+    Args:
+        class_head_only: train and report the class head alone.
+    """
+
+    def __init__(self, class_head_only: bool = False, label_smoothing: float = 0.0) -> None:
+        super().__init__(label_smoothing)
+        self.class_head_only = class_head_only
+
+    def heads(self, has_token: bool) -> list[str]:
+        return ["head"] if self.class_head_only else super().heads(has_token)
 
     def forward(self, outputs: Outputs, target: Tensor, teacher: TeacherOutputs | None) -> dict[str, Tensor]:
         losses = {
-            f"{head}_ce": cross_entropy(logits, target, self.label_smoothing) for head, logits in outputs.logits.items()
+            f"{head}_ce": cross_entropy(outputs.logits[head], target, self.label_smoothing)
+            for head in self.heads("head_dist" in outputs.logits)
         }
         return {"loss": torch.stack(list(losses.values())).mean(), **losses}
 

@@ -84,7 +84,7 @@ class TrainingSplit:
 
     classes: list[str]
     eval_batches: Callable[[], Iterable[dict[str, Any]]]
-    train_batches: Callable[[int, np.ndarray], Iterable[dict[str, Any]]]
+    train_batches: Callable[[int, np.ndarray], Any]
     folds: np.ndarray
     fingerprint: str
 
@@ -320,7 +320,7 @@ def _train_cnn(
     torch.manual_seed(spec.seed + fold)
     head = nn.Linear(teacher.pooled_dim, num_classes).to(device)
     optimizer = torch.optim.AdamW([*cnn.parameters(), *head.parameters()], lr=spec.lr, weight_decay=0.05)
-    steps = spec.epochs * sum(1 for _ in split.train_batches(0, rows))
+    steps = spec.epochs * len(split.train_batches(0, rows))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=spec.lr, total_steps=steps, pct_start=0.1)
     for epoch in range(spec.epochs):
         total = 0.0

@@ -75,24 +75,42 @@ def terminal_table(metrics: Mapping[str, Mapping[str, Any]], summary: Mapping[st
     from rich import box
     from rich.table import Table
 
-    splits = [s for s in ("val", "test") if s in metrics] or list(metrics)[:2]
-    last, heads, chosen = splits[-1], _heads(metrics), reported_head(metrics, summary)
-    sizes = ", ".join(f"{split} {next(iter(metrics[split].values()))['n']:,}" for split in splits)
-    caption = f"accuracy and balanced accuracy in %, 95 % intervals; pictures: {sizes}"
+    columns, rows, caption = _short_table(metrics, summary)
     if summary.get("test_opened") is not None:
         caption += f"\ntest opened {_times(summary['test_opened'])}"
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
     table.add_column("")
-    for name in [*(f"{split} accuracy" for split in splits), f"{last} balanced", f"{last} NLL"]:
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells, style="bold" if cells[0].endswith("*") else None)
+    return table
+
+
+def markdown_table(metrics: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
+    """The table of :func:`terminal_table` in Markdown, for records."""
+    columns, rows, caption = _short_table(metrics, summary)
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    lines += ["| " + " | ".join(cells).replace(" *", r" \*") + " |" for cells in rows]
+    return "\n".join([*lines, "", caption[0].upper() + caption[1:] + "."])
+
+
+def _short_table(
+    metrics: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]
+) -> tuple[list[str], list[list[str]], str]:
+    """Titles of the number columns, rows with their title first (the reported head's ends with " *"), caption."""
+    splits = [s for s in ("val", "test") if s in metrics] or list(metrics)[:2]
+    last, heads, chosen = splits[-1], _heads(metrics), reported_head(metrics, summary)
+    sizes = ", ".join(f"{split} {next(iter(metrics[split].values()))['n']:,}" for split in splits)
+    columns = [*(f"{split} accuracy" for split in splits), f"{last} balanced", f"{last} NLL"]
+    rows = []
     for head in heads:
         entries = [metrics[split].get(head, {}) for split in splits]
         cells = [_number(entry.get("accuracy"), percent=True) for entry in entries]
         cells.append(_number(entries[-1].get("balanced_accuracy"), percent=True, interval=False))
         cells.append(_number(entries[-1].get("nll"), interval=False))
-        reported = head == chosen and len(heads) > 1
-        table.add_row(_title(head, heads) + (" *" if reported else ""), *cells, style="bold" if reported else None)
-    return table
+        rows.append([_title(head, heads) + (" *" if head == chosen and len(heads) > 1 else ""), *cells])
+    return columns, rows, f"accuracy and balanced accuracy in %, 95 % intervals; pictures: {sizes}"
 
 
 def _times(count: int) -> str:
