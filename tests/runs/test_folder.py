@@ -1,0 +1,68 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from facemask.errors import UserError
+from facemask.runs.folder import RunFolder, file_sha256, write_text
+from facemask.runs.provenance import collect
+
+CONFIG = {"run_dir": "runs/a", "resume": False, "optim": {"lr": 0.1}, "callbacks": {"dirpath": "runs/a/checkpoints"}}
+
+
+def started(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.start(CONFIG, {"command": "python train.py"}, "")
+    return folder
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "a.txt"
+    write_text(target, "one")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(target, "two \ud800")
+    assert target.read_text() == "one"
+    assert os.listdir(tmp_path) == ["a.txt"]
+    assert file_sha256(target) == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
+
+
+def test_start_writes_what_is_known_before_training(tmp_path):
+    folder = started(tmp_path)
+    assert yaml.safe_load((folder.path / "config.yaml").read_text()) == CONFIG
+    assert folder.status()["state"] == "running"
+    assert folder.status()["pid"] == os.getpid()
+    assert len(folder.status()["id"]) == 8
+    assert not (folder.path / "diff.patch").exists()
+
+
+def test_a_run_with_another_config_is_not_resumed(tmp_path):
+    folder = started(tmp_path)
+    # the run folder's own path may be given another way, and resume is what makes the difference
+    folder.resume({**CONFIG, "resume": True, "run_dir": "b", "callbacks": {"dirpath": "b/checkpoints"}})
+    with pytest.raises(UserError, match=r"holds a run of another config \(optim.lr differ\)"):
+        folder.resume({**CONFIG, "optim": {"lr": 0.2}})
+
+
+def test_a_live_run_is_not_resumed_and_a_killed_one_is(tmp_path):
+    folder = started(tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    status = {**folder.status(), "pid": process.pid}
+    (folder.path / "status.json").write_text(json.dumps(status))
+    with pytest.raises(UserError, match=f"is still running \\(process {process.pid}\\)"):
+        folder.resume(CONFIG)
+    process.kill()
+    process.wait()
+    folder.resume(CONFIG)
+    assert folder.status()["pid"] == os.getpid()
+    assert folder.status()["id"] == status["id"]
+
+
+def test_provenance_names_code_versions_and_hardware():
+    provenance, diff = collect()
+    assert len(provenance["git"]["commit"]) == 40
+    assert provenance["git"]["dirty"] == bool(diff or provenance["git"]["untracked"])
+    assert provenance["versions"]["timm"].startswith("1.")
+    assert provenance["hardware"]["cores"] == os.cpu_count()
