@@ -114,10 +114,10 @@ def test_model_selects_recipe_and_distillation_and_overrides_win(
     assert distills(cfg) == (objective != "Labels")
 
 
-def test_drawn_faces_have_light_augmentation_unless_another_is_named() -> None:
-    light = config("data=folder", "augment=light", "model.img_size=64").augment
+def test_drawn_faces_are_mirrored_only_unless_another_augmentation_is_named() -> None:
+    flip = config("data=folder", "augment=flip", "model.img_size=64").augment
     for name in ("vit", "deit", "deit_distilled"):
-        assert config(f"model={name}").augment == light
+        assert config(f"model={name}").augment == flip
     assert config("model=vit", "augment=deit").augment.mix_prob == 1.0
     assert config("experiment=facemask_tiny_scratch").data._target_.endswith("FolderData")
 
