@@ -164,6 +164,9 @@ def check(cfg: DictConfig) -> None:
     Raises:
         UserError: a value is out of its range, or two choices cannot go together; names key and mend.
     """
+    for group in ("data", "distill"):
+        if OmegaConf.select(cfg, f"{group}._target_") is None:
+            raise UserError(f"{group}={_choice(group)} names no class (_target_): choose another {group}=")
     for key, (valid, meaning) in VALUES.items():
         value = OmegaConf.select(cfg, key, default=_ABSENT)
         if value is _ABSENT or (value is None and key in MAY_BE_NULL):

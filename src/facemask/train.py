@@ -330,6 +330,7 @@ def _quiet_lightning() -> None:
         ".*smaller than the logging interval.*",  # epoch means are logged whatever the interval
         ".*does not have many workers.*",  # cached pixels make loading cheap
         ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs
+        ".*in eval mode at the start of training.*",  # the hybrid's frozen CNN
     ):
         warnings.filterwarnings("ignore", message)
 

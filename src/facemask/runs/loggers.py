@@ -113,6 +113,7 @@ class WandbLogger(pl.loggers.WandbLogger):
 
     def __init__(self, mode: str, log_images: bool, **arguments: Any) -> None:
         super().__init__(offline=mode != "online", mode=mode, **arguments)
+        self._wandb_init.pop("anonymous", None)  # Lightning passes it, and W&B warns of it
         self.log_images = log_images
 
     @rank_zero_only
