@@ -221,7 +221,7 @@ def _choice(group: str) -> str:
 
 def is_main_process() -> bool:
     """True in the process that writes: rank 0, or the only one."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def check_run_dir(run_dir: Path, resume: bool) -> None:

@@ -28,6 +28,7 @@ def build_trainer(accelerator: str = "auto", precision: Any = "auto", **argument
         raise UserError("trainer.accelerator=gpu needs a CUDA device and none is visible: choose trainer=cpu")
     if accelerator == "auto":
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, also in the convolutions of teachers
     if precision == "auto":
         precision = "bf16-mixed" if native_bf16(accelerator) else "32-true"
     return pl.Trainer(accelerator=accelerator, precision=precision, use_distributed_sampler=False, **arguments)

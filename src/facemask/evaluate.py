@@ -54,4 +54,4 @@ def predict_splits(
         parts.append(assemble(ids, named, groups, labels, heads, data.classes))
         timing[split] = {"seconds": seconds, "images": len(rows), "steps": steps}
     frame = pd.concat(parts, ignore_index=True)
-    return (add_mean_head(frame, data.classes) if "head_dist" in classifier.heads else frame), timing
+    return (add_mean_head(frame, data.classes) if len(classifier.heads) > 1 else frame), timing

@@ -4,7 +4,10 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -35,10 +38,10 @@ from facemask.runs.ledger import openings, record_opening
 from facemask.runs.loggers import Counter, Curves, WandbLogger
 from facemask.runs.predictions import read_predictions, write_predictions
 from facemask.runs.provenance import collect
-from facemask.runs.report import run_report, terminal_table
+from facemask.runs.report import DEGENERATE, run_report, terminal_table
 
 log = logging.getLogger(__name__)
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 110  # a log file is not 80 columns wide
 
@@ -57,10 +60,13 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
         except MisconfigurationException as error:
             raise UserError(" ".join(str(error).split())) from error
     except BaseException as error:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish(exit_code=1)  # or the next job of a multirun would log into this one's run
         if is_main_process():
             if not folder.status():
                 _remove_if_empty(folder.path)
-            elif folder.status()["state"] == "running":
+            elif folder.status()["state"] == "running" and folder.status()["pid"] == os.getpid():
                 folder.set_status("killed" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error))
         raise
 
@@ -85,6 +91,8 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
     device = trainer.strategy.root_device
     data = build_data(cfg)
     data.prepare(cfg.evaluate.splits)
+    if resuming and main:
+        folder.check_data(data.fingerprint)
     spec = hydra.utils.instantiate(cfg.teacher) if distills(cfg) else None
     if spec is not None:
         data.crossfit = spec.crossfit
@@ -117,7 +125,8 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
     checkpoint = folder.last_checkpoint if resuming and folder.last_checkpoint.exists() else None
     if checkpoint is not None:
         curves.continue_from(torch.load(checkpoint, "cpu", weights_only=True)["global_step"])
-    trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
+    with _one_job(cfg):
+        trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if not main:
@@ -126,10 +135,11 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
         raise RuntimeError("the teacher changed while the student was trained")
 
     # -- from here on everything comes from the best checkpoint and the predictions it makes
-    best = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") or folder.last_checkpoint)
-    student = Classifier.load_from_checkpoint(best, map_location="cpu", weights_only=True)
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    student = Classifier.load_from_checkpoint(best or folder.last_checkpoint, map_location="cpu", weights_only=True)
+    opened = openings(Path(cfg.ledger), data.test_fingerprint)
     if "test" in cfg.evaluate.splits:
-        record_opening(Path(cfg.ledger), data.fingerprint, cfg.run_dir, provenance["command"])
+        opened = record_opening(Path(cfg.ledger), data.test_fingerprint, cfg.run_dir, provenance["command"])
     frame, timing = predict_splits(student, teacher, data, cfg.evaluate.splits, cfg.evaluate.batch_size, device)
     frame = _with_baselines(frame, data, list(cfg.evaluate.splits), cfg.seed)
     write_predictions(folder.path / "predictions.parquet", frame, data.classes)
@@ -141,11 +151,11 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
     summary = {
         "name": folder.path.name if cfg.name == folder.path.name else f"{cfg.name} {folder.path.name}",
         "reported_head": student.reported_head,
-        "test_opened": openings(Path(cfg.ledger), data.fingerprint),
+        "test_opened": opened,
         "data": _data_facts(data),
         "distillation": _distillation_facts(cfg, folder.path / "curves.csv", teacher_file) if teacher else {},
         "training": _training_facts(trainer, counter, classifier, data, numbers, timing),
-        "notes": _notes(cfg, data, classifier),
+        "notes": _notes(cfg, data, classifier, best),
     }
     write_json(folder.path / "summary.json", summary)
     run_report(folder.path, pictures=data.picture)
@@ -165,6 +175,30 @@ def _trainer(cfg: DictConfig, **arguments: Any) -> pl.Trainer:
         return hydra.utils.instantiate(cfg.trainer, _partial_=True)(**arguments)
     except TypeError as error:
         raise UserError(f"trainer= does not fit Lightning's Trainer: {error}") from error
+
+
+@contextmanager
+def _one_job(cfg: DictConfig) -> Iterator[None]:
+    """Let Lightning's launcher start further ranks with this job's own config.
+
+    It starts them by `sys.argv`, which in a multirun names all jobs, and leaves its variables and its process group
+    behind, which would make the next job wait for ranks that nobody started.
+    """
+    argv, variables = sys.argv, ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in variables}
+    hydra_config: Any = HydraConfig.instance().cfg
+    with read_write(hydra_config.hydra.run):
+        hydra_config.hydra.run.dir = str(cfg.run_dir)
+    sys.argv = [argv[0], *hydra_config.hydra.overrides.task]
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
 
 
 def build_data(cfg: DictConfig) -> ImageData:
@@ -245,6 +279,7 @@ def _data_facts(data: ImageData) -> dict[str, Any]:
         "classes": data.classes,
         "counts": counts,
         "left_out": data.left_out,
+        "not_in_split_file": data.unnamed,
     }
 
 
@@ -253,7 +288,8 @@ def _distillation_facts(cfg: DictConfig, curves: Path, teacher_file: Path | None
     logged = pd.read_csv(curves)
     names = ("teacher_label_disagreement", "teacher_entropy", "student_teacher_agreement")
     facts: dict[str, Any] = {name: float(logged[f"train/{name}"].mean()) for name in names}
-    facts["degenerate"] = "Hard" in cfg.distill._target_ and facts["teacher_label_disagreement"] < 0.005
+    hard = "Hard" in (cfg.distill.get("base") or cfg.distill)._target_
+    facts["degenerate"] = hard and facts["teacher_label_disagreement"] < DEGENERATE
     if teacher_file is not None:
         facts["teacher_sha256"] = file_sha256(teacher_file)
     return facts
@@ -299,8 +335,10 @@ def _training_facts(
     return facts
 
 
-def _notes(cfg: DictConfig, data: ImageData, classifier: Classifier) -> list[str]:
+def _notes(cfg: DictConfig, data: ImageData, classifier: Classifier, best: str) -> list[str]:
     notes = []
+    if not best:
+        notes.append("Nothing was validated while training, so the last checkpoint stands for the best.")
     if classifier.backbone.load_report is not None:
         notes.append(str(classifier.backbone.load_report))
     if cfg.model.pretrained:
@@ -327,7 +365,7 @@ def _quiet_lightning() -> None:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (
         ".*LeafSpec.*",  # of Lightning's own code
-        ".*smaller than the logging interval.*",  # epoch means are logged whatever the interval
+        ".*smaller than the logging interval.*",  # means over the epoch are logged whatever the interval
         ".*does not have many workers.*",  # cached pixels make loading cheap
         ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs
         ".*in eval mode at the start of training.*",  # the hybrid's frozen CNN
@@ -346,6 +384,8 @@ def _print_start(
     console.print(f"data      {sizes} pictures of {len(data.classes)} classes at {data.img_size} px")
     if data.left_out:
         console.print(f"          {len(data.left_out)} left out: {', '.join(sorted(data.left_out)[:5])}")
+    if data.unnamed:
+        console.print(f"          {data.unnamed} pictures of the folder are not in the split file")
     parameters = sum(p.numel() for p in classifier.backbone.parameters())
     lr = cfg.optim.lr * classifier.hparams["global_batch"] / cfg.optim.lr_batch_size
     console.print(f"model     {cfg.model.name}, {parameters / 1e6:.1f} M parameters, seed {cfg.seed}")

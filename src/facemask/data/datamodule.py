@@ -152,11 +152,13 @@ class ImageData(pl.LightningDataModule):
         cache_dir: decoded pixels are kept here.
         default_img_size: read by conf/model/_base.yaml alone.
 
-    After `prepare`: `table` (one row per picture used), `classes` (sorted), `fingerprint`, `left_out`
-    (path -> reason).
+    After `prepare`: `table` (one row per picture used), `classes` (sorted), `fingerprint` (of all of it) and
+    `test_fingerprint` (of the test split, whatever is trained on), `left_out` (path -> reason), `unnamed` (pictures
+    that a split file does not name).
     """
 
     drawn = False  # drawn pictures may leave the machine, photographs of people may not
+    unnamed = 0
     max_pixels = 64_000_000
     on_bad_file = "error"
 
@@ -229,6 +231,7 @@ class ImageData(pl.LightningDataModule):
         self.classes = classes
         self._check_splits(wanted)
         self.fingerprint = splits.fingerprint(self.table)
+        self.test_fingerprint = splits.fingerprint(self.table[self.table["split"] == "test"])
         self._prepared = wanted
         self._noisy = self._noisy_labels()
 

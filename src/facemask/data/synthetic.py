@@ -276,7 +276,8 @@ def write_folder(root: Path, n: int, seed: int = 0, states: int = 2, *, workers:
             path.write_bytes(content)
 
     table = synthetic_table(n, seed, states=states, workers=workers, on_file=write)
-    table.to_csv(root / "attributes.csv", index=False)
+    # Which split a picture is in is decided where it is used.
+    table.drop(columns="split").to_csv(root / "attributes.csv", index=False)
 
 
 def _rng(stream: int, *key: int) -> np.random.Generator:

@@ -14,6 +14,7 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import HybridEmbed, resample_abs_pos_embed, resample_patch_embed, set_fused_attn
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from facemask.errors import UserError
@@ -70,12 +71,17 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, network: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.network: Any = network
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
-        self.has_token = hasattr(network, "head_dist")
+        heads = network.get_classifier()
+        self.has_token = isinstance(network, VisionTransformerDistilled)
+        if isinstance(heads, tuple) and not self.has_token:
+            raise UserError(
+                f"model.name: {type(network).__name__} has two heads of another kind than DeiT's: choose another model"
+            )
         self.load_report: LoadReport | None = None
 
     def forward(self, pixels: Tensor) -> Outputs:
@@ -93,7 +99,7 @@ class Backbone(nn.Module):
             logits = {"head": network.head(cls), "head_dist": network.head_dist(dist)}
             return Outputs(logits, tokens[:, 2:], cls, dist)
         pooled = network.forward_head(tokens, pre_logits=True)
-        patches = tokens[:, network.num_prefix_tokens :] if tokens.ndim == 3 else None
+        patches = tokens[:, getattr(network, "num_prefix_tokens", 0) :] if tokens.ndim == 3 else None
         return Outputs({"head": network.get_classifier()(pooled)}, patches, pooled, pooled)
 
     def head_parameters(self) -> list[nn.Parameter]:

@@ -54,6 +54,8 @@ class Classifier(pl.LightningModule):
                 f"{type(self.objective).__name__} needs a model {'with' if self.objective.needs_token else 'without'} "
                 f"a distillation token, and {model.get('name')} is not one: choose another model= or distill="
             )
+        if self.objective.needs_patches and not hasattr(self.backbone.network, "patch_embed"):
+            raise UserError(f"{type(self.objective).__name__} teaches patch tokens, and {model.get('name')} has none")
         if teacher_dims is not None:
             self.objective.build(self.backbone.network.num_features, *teacher_dims)
         self._make_optimizer = hydra.utils.instantiate(optim["optimizer"])
@@ -61,6 +63,8 @@ class Classifier(pl.LightningModule):
         self.heads = self.objective.heads(self.backbone.has_token)
         if self.backbone.has_token and "head_dist" not in self.heads:
             self.backbone.network.head_dist.requires_grad_(False)  # nothing trains it
+        if "head" not in self.heads:
+            self.backbone.network.head.requires_grad_(False)
         self.reported_head = "mean" if len(self.heads) > 1 else self.heads[0]
         # In a tuple, so that the teacher is no part of the module: of its state, optimizer, EMA or train().
         self._teacher: tuple[Teacher, ...] = ()
@@ -113,7 +117,8 @@ class Classifier(pl.LightningModule):
         outputs = self.backbone(batch["pixels"])
         losses = self.objective(outputs, batch["target"], teacher)
         size = len(batch["pixels"])
-        self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=size)
+        named = {f"train/{name}": loss for name, loss in losses.items()}
+        self.log_dict(named, on_step=True, on_epoch=True, sync_dist=True, batch_size=size)
         if teacher is not None:
             self._watch_teacher(outputs, batch["target"], teacher)
         return losses["loss"]

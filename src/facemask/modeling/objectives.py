@@ -51,10 +51,12 @@ class Objective(nn.Module):
     Attributes:
         needs_teacher: whether `teacher` is given to `forward`.
         needs_token: the student must have a distillation token (True), must not (False), or either (None).
+        needs_patches: the student must have patch tokens.
     """
 
     needs_teacher = False
     needs_token: bool | None = None
+    needs_patches = False
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -105,7 +107,8 @@ class TokenDistillation(Objective):
         self.alpha = alpha
 
     def heads(self, has_token: bool) -> list[str]:
-        return ["head", "head_dist"] if self.alpha > 0 else ["head"]  # with alpha = 0 nothing trains head_dist
+        # With alpha = 0 nothing trains head_dist, with alpha = 1 nothing trains head.
+        return [head for head, weight in (("head", 1 - self.alpha), ("head_dist", self.alpha)) if weight > 0]
 
     def distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
         raise NotImplementedError
@@ -177,6 +180,7 @@ class FeatureDistillation(Objective):
     """
 
     needs_teacher = True
+    needs_patches = True
 
     def __init__(self, base: Objective, weight: float, label_smoothing: float = 0.0) -> None:
         super().__init__(label_smoothing)

@@ -100,6 +100,17 @@ class RunFolder:
         if status.get("state") != "finished":
             self.set_status("running")
 
+    def check_data(self, fingerprint: str) -> None:
+        """Check that the pictures are those that the run started with.
+
+        Raises:
+            UserError: pictures, labels or splits have changed.
+        """
+        if json.loads((self.path / "provenance.json").read_text())["fingerprint"] != fingerprint:
+            raise UserError(
+                f"the pictures or their splits changed since {self.path} was started: choose another run_dir"
+            )
+
     def set_status(self, state: str, **more: Any) -> None:
         status = {**self.status(), **more, "state": state, "pid": os.getpid(), state: _now()}
         write_json(self.path / "status.json", status)

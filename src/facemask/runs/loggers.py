@@ -27,6 +27,7 @@ class Curves(Logger):
         super().__init__()
         self.path = path
         self.rows: dict[int, dict[str, Any]] = {}
+        self._epoch_ended = False
 
     @property
     def name(self) -> str:
@@ -44,6 +45,9 @@ class Curves(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         assert step is not None
         self.rows.setdefault(step, {"step": step}).update(metrics)
+        self._epoch_ended = self._epoch_ended or any(
+            name.startswith("val/") or name.endswith("_epoch") for name in metrics
+        )
 
     @rank_zero_only
     def continue_from(self, step: int) -> None:
@@ -55,6 +59,12 @@ class Curves(Logger):
 
     @rank_zero_only
     def save(self) -> None:
+        """Write the file where an epoch has ended since; Lightning calls this after every logged step."""
+        if self._epoch_ended:
+            self._write()
+
+    def _write(self) -> None:
+        self._epoch_ended = False
         if not self.rows:
             return
         names = sorted({name for row in self.rows.values() for name in row} - {"epoch", "step"})
@@ -66,7 +76,7 @@ class Curves(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.save()
+        self._write()
 
 
 class Counter(pl.Callback):
@@ -92,7 +102,9 @@ class Counter(pl.Callback):
         self.counts["images"] += len(batch["pixels"]) * trainer.world_size
         self.counts["batches"] += 1
         # A tensor until the end: reading it here would make every step wait for the device.
-        self.counts["loss"] = self.counts["loss"] + outputs["loss"].detach()
+        # Lightning has divided it by the number of batches that share an optimizer step.
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        self.counts["loss"] = self.counts["loss"] + loss
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.counts["loss"] = float(self.counts["loss"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from facemask.errors import UserError
 from facemask.runs import predictions
 from facemask.runs.folder import RunFolder, write_json, write_text
 from facemask.runs.metrics import evaluate
-from facemask.runs.report import hugging_face_metrics, markdown_table
+from facemask.runs.report import markdown_table, training_blocks
 
 COPIED = ("predictions.parquet", "curves.csv", "checkpoints.json", "split.csv")
 
@@ -34,16 +35,20 @@ def record(run_dir: Path, name: str, experiments: Path) -> Path:
     summary = json.loads((run_dir / "summary.json").read_text())
     places = _places(run_dir, config)
     resamples = int(_value(config, "resamples"))
-    target.mkdir(parents=True)
-    for file in COPIED:
-        shutil.copyfile(run_dir / file, target / file)
-    write_text(target / "config.yaml", _without_paths(config, places))
-    clean: dict[str, Any] = json.loads(_without_paths(json.dumps(provenance), places))
-    write_json(target / "provenance.json", clean)
-    write_json(target / "summary.json", json.loads(_without_paths(json.dumps(summary), places)))
-    metrics = evaluate(frame, classes, resamples=resamples)
-    write_json(target / "metrics.json", metrics)
-    write_text(target / "README.md", _readme(name, metrics, summary, clean))
+    experiments.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=experiments, prefix=f".{name}.") as made:
+        scratch = Path(made) / name
+        scratch.mkdir()
+        for file in COPIED:
+            shutil.copyfile(run_dir / file, scratch / file)
+        write_text(scratch / "config.yaml", _without_paths(config, places))
+        clean: dict[str, Any] = json.loads(_without_paths(json.dumps(provenance), places))
+        write_json(scratch / "provenance.json", clean)
+        write_json(scratch / "summary.json", json.loads(_without_paths(json.dumps(summary), places)))
+        metrics = evaluate(frame, classes, resamples=resamples)
+        write_json(scratch / "metrics.json", metrics)
+        write_text(scratch / "README.md", _readme(name, metrics, summary, clean))
+        scratch.replace(target)  # whole or not at all
     return target
 
 
@@ -59,7 +64,6 @@ def _places(run_dir: Path, config: str) -> list[tuple[str, str]]:
     parsed = yaml.safe_load(config)
     found = {
         str(Path.cwd()): ".",
-        str(Path.home()): "~",
         str(run_dir.absolute()): f"runs/{run_dir.name}",
         str(parsed["run_dir"]): f"runs/{run_dir.name}",
         str(parsed["cache_dir"]): ".cache/facemask",
@@ -105,7 +109,7 @@ def _readme(name: str, metrics: dict[str, Any], summary: dict[str, Any], provena
         f"{provenance['versions']['torch']}, commit {provenance['git']['commit']}.",
         "",
         "```",
-        hugging_face_metrics("train", {k: v for k, v in summary["training"].items() if isinstance(v, int | float)}),
+        *training_blocks(summary["training"]),
         "```",
         "",
     ]

@@ -203,9 +203,9 @@ def _results(page: Page, metrics: Mapping[str, Mapping[str, Any]], summary: Mapp
         )
     page.text(
         "* the reported head. In brackets: 95 % intervals, from a bootstrap over groups of pictures that "
-        "belong together; for accuracy Wilson's where every group is one picture. They tell how far another "
-        "sample of such pictures would move a figure, not how far another training seed would. A figure "
-        "without one: all resamples agree."
+        "belong together (byte-identical files); for accuracy Wilson's where every group is one picture. They "
+        "tell how far another sample of such pictures would move a figure, not how far another training seed "
+        "would. A figure without one: all resamples agree."
     )
     if summary.get("test_opened") is not None:
         page.text(f"Test opened {_times(summary['test_opened'])} for this data, this run included.")
@@ -450,20 +450,24 @@ def hugging_face_metrics(split: str, figures: Mapping[str, Any]) -> str:
     return "\n".join([f"***** {split} metrics *****", *(f"  {k:<{left}} = {v:>{right}}" for k, v in shown.items())])
 
 
-def _training(page: Page, training: Mapping[str, Any]) -> None:
+def training_blocks(training: Mapping[str, Any]) -> list[str]:
+    """The blocks of :func:`hugging_face_metrics` for training and for evaluation."""
     numbers = {k: v for k, v in _flat(training) if isinstance(v, int | float) and not isinstance(v, bool)}
     figures = {k: v for k, v in numbers.items() if np.isfinite(v)}
-    blocks = {
+    parts = {
         "train": {k: v for k, v in figures.items() if not k.startswith("eval_")},
         "eval": {k: v for k, v in figures.items() if k.startswith("eval_")},
     }
+    return [hugging_face_metrics(split, part) for split, part in parts.items() if part]
+
+
+def _training(page: Page, training: Mapping[str, Any]) -> None:
     if not training:
         return
     page.heading("Training figures")
-    for split, part in blocks.items():
-        if part:
-            page.code(hugging_face_metrics(split, part))
-    others = [[name, _cell(value)] for name, value in _flat(training) if name not in figures]
+    for block in training_blocks(training):
+        page.code(block)
+    others = [[name, _cell(value)] for name, value in _flat(training) if not isinstance(value, int | float)]
     if others:
         page.table([], others)
 
