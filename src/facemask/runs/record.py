@@ -95,7 +95,10 @@ def _readme(name: str, metrics: dict[str, Any], summary: dict[str, Any], provena
         "",
     ]
     if opened is not None:
-        lines.append(f"The test split of this data had been opened {opened} time(s), this run included.")
+        lines.append(
+            f"The test split of this data had been opened {opened} time(s), this run included, by the ledger of the "
+            "clone that made the record."
+        )
     if distillation:
         lines.append(
             f"On the training views the teacher's decision differed from the label on "
