@@ -157,7 +157,12 @@ def test_logged_names_and_sums_without_a_teacher(data, tmp_path):
     trainer(tmp_path, callbacks=[watch]).fit(classifier(), data)
     (end,) = watch.epochs
     both = [f"val/{metric}{suffix}" for metric in ("accuracy", "nll") for suffix in ("", "_head", "_head_dist")]
-    assert end.keys() == {"train/loss", "train/head_ce", "train/head_dist_ce", *both}
+    losses = ["train/loss", "train/head_ce", "train/head_dist_ce"]  # of the last step, and their means over the epoch
+    assert end.keys() == {*(f"{name}{kind}" for name in losses for kind in ("", "_step", "_epoch")), *both}
+    for name in losses:
+        assert end[f"{name}_epoch"] == pytest.approx(
+            sum(step[name] for step in watch.steps) / len(watch.steps), abs=1e-6
+        )
     for step in watch.steps:
         assert step["train/loss"] == pytest.approx((step["train/head_ce"] + step["train/head_dist_ce"]) / 2, abs=1e-6)
 
@@ -168,7 +173,8 @@ def test_logged_names_and_sums_with_features(data, tmp_path, teacher):
     trainer(tmp_path, callbacks=[watch]).fit(module, data)
     parts = ["head_ce", "head_dist_distillation", "feature_map1", "feature_map2", "feature_pooled"]
     shares = ["teacher_label_disagreement", "teacher_entropy", "student_teacher_agreement"]
-    assert {f"train/{name}" for name in [*parts, *shares, "loss"]} == {k for k in watch.epochs[0] if k[:5] == "train"}
+    named = {name.removesuffix("_step").removesuffix("_epoch") for name in watch.epochs[0] if name.startswith("train/")}
+    assert named == {f"train/{name}" for name in [*parts, *shares, "loss"]}
     for step in watch.steps:
         values = [step[f"train/{part}"] for part in parts]
         expected = 0.5 * values[0] + 0.5 * values[1] + 0.5 * sum(values[2:])
