@@ -67,7 +67,9 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
             if not folder.status():
                 _remove_if_empty(folder.path)
             elif folder.status()["state"] == "running" and folder.status()["pid"] == os.getpid():
-                folder.set_status("killed" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error))
+                folder.set_status(
+                    "killed" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed", error=str(error)
+                )
         raise
 
 
@@ -113,7 +115,7 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
     teacher = teacher_file = None
     if spec is not None:  # fitted once and kept
         teacher, teacher_file = spec.obtain(training_split(cfg, data), device, Path(cfg.cache_dir))
-        classifier.attach_teacher(teacher, torch.from_numpy(data.crossfit_folds()))
+        classifier.attach_teacher(teacher, torch.tensor(data.crossfit_folds()))
         before = teacher.digest()
 
     # -- the student
