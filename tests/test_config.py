@@ -225,7 +225,7 @@ class Drawn(ImageData):
         self.count = count
 
     def load_table(self):
-        table = synthetic_table(self.count).drop(columns="split").assign(problem="")
+        table = synthetic_table(self.count).assign(problem="")
         self.number = {path: i for i, path in enumerate(table["path"])}
         return table
 

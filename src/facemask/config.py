@@ -154,7 +154,7 @@ def has_token(cfg: DictConfig) -> bool:
 
 
 def distills(cfg: DictConfig) -> bool:
-    """Whether the run needs a teacher."""
+    """Whether the run needs a teacher; asks the objective's class, and so imports it and torch."""
     return bool(get_class(cfg.distill._target_).needs_teacher)  # type: ignore[attr-defined]
 
 

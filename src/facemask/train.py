@@ -18,6 +18,7 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -191,7 +192,10 @@ def _one_job(cfg: DictConfig) -> Iterator[None]:
     hydra_config: Any = HydraConfig.instance().cfg
     with read_write(hydra_config.hydra.run):
         hydra_config.hydra.run.dir = str(cfg.run_dir)
-    sys.argv = [argv[0], *hydra_config.hydra.overrides.task]
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        of_all_jobs = ("hydra.mode=", "hydra.sweep", "hydra.run.")
+        shared = [option for option in hydra_config.hydra.overrides.hydra if not option.startswith(of_all_jobs)]
+        sys.argv = [argv[0], *hydra_config.hydra.overrides.task, *shared]
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ chin. A mask below the nose is neither, so it is left out there; with five state
 
 import hashlib
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +31,6 @@ LABELS = {
     2: ("with_mask", "without_mask"),
     5: ("mask_below_nose", "mask_hanging_from_ear", "mask_under_chin", "mask_worn", "no_mask"),
 }
-SPLITS = ("train", "val", "test")
 
 # Of every 50 consecutive pictures of a class, how many show what: the state that is drawn, what hides the
 # mouth, and what is beside the face.
@@ -60,7 +59,7 @@ SCENES: dict[str, list[tuple[Scene, int]]] = {
 }
 
 # Independent random streams of one picture.
-_STYLE, _DRAWING, _ENCODING, _LABEL, _SCENE, _SPLIT = range(6)
+_STYLE, _DRAWING, _ENCODING, _LABEL, _SCENE = range(5)
 
 
 @dataclass(frozen=True)
@@ -213,22 +212,18 @@ def synthetic_table(
     seed: int = 0,
     *,
     states: int = 2,
-    ratios: Sequence[float] = (0.7, 0.1, 0.2),
     workers: int = 2,
     on_file: Callable[[SyntheticFile], None] | None = None,
 ) -> "pd.DataFrame":
-    """Draw n faces and list them: path, label, split, sha256, group, width, height, bytes, format, attr_*.
+    """Draw n faces and list them: path, label, sha256, group, width, height, bytes, format, attr_*.
 
-    The split is stratified by label and seeded; every picture is a group of its own. `on_file` is called with
+    Every picture is a group of its own; which split it is in is decided where it is used. `on_file` is called with
     each file in order, to show progress or to keep the bytes, so that nothing need be drawn twice.
 
-    Raises UserError for n below the number of states, unknown states, a negative seed, and ratios that are
-    not three numbers >= 0 with the sum 1.
+    Raises UserError for n below the number of states, unknown states, and a negative seed.
     """
     import pandas as pd
 
-    if len(ratios) != 3 or min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6:
-        raise UserError(f"ratios={tuple(ratios)} must be three numbers >= 0 with the sum 1 (train, val, test).")
     rows = []
     for file in synthetic_files(n, seed, states=states, workers=workers):
         if on_file is not None:
@@ -237,7 +232,6 @@ def synthetic_table(
             {
                 "path": file.path,
                 "label": file.label,
-                "split": "",
                 "sha256": hashlib.sha256(file.content).hexdigest(),
                 "group": file.path,
                 "width": file.width,
@@ -247,9 +241,7 @@ def synthetic_table(
             }
             | {f"attr_{name}": value for name, value in file.attributes.items()}
         )
-    table = pd.DataFrame(rows)
-    table["split"] = _splits(table["label"].to_numpy(), ratios, _rng(_SPLIT, seed, states))
-    return table
+    return pd.DataFrame(rows)
 
 
 def write_folder(root: Path, n: int, seed: int = 0, states: int = 2, *, workers: int = 2) -> None:
@@ -276,8 +268,7 @@ def write_folder(root: Path, n: int, seed: int = 0, states: int = 2, *, workers:
             path.write_bytes(content)
 
     table = synthetic_table(n, seed, states=states, workers=workers, on_file=write)
-    # Which split a picture is in is decided where it is used.
-    table.drop(columns="split").to_csv(root / "attributes.csv", index=False)
+    table.to_csv(root / "attributes.csv", index=False)
 
 
 def _rng(stream: int, *key: int) -> np.random.Generator:
@@ -299,14 +290,3 @@ def _check(n: int, seed: int, states: int) -> None:
         raise UserError(f"n={n} is too few: {states} states need at least {states} faces.")
     if seed < 0:
         raise UserError(f"seed={seed} must not be negative.")
-
-
-def _splits(labels: NDArray[np.object_], ratios: Sequence[float], rng: np.random.Generator) -> NDArray[np.object_]:
-    """Train, val or test per row; each label's rows are shuffled and cut at the ratios."""
-    splits = np.empty(len(labels), dtype=object)
-    for label in sorted(set(labels)):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        cuts = np.rint(np.cumsum(ratios)[:2] * len(rows)).astype(int)
-        for split, part in zip(SPLITS, np.split(rows, cuts), strict=True):
-            splits[part] = split
-    return splits
