@@ -118,6 +118,8 @@ CONFIG: dict[str, tuple[list[str], str]] = {
     "batch": (["data.batch_size=1.5"], r"data\.batch_size=1\.5 must be a whole number of at least 1"),
     "fold": (["data.fold=5"], r"data\.fold=5 must be below data\.folds=5"),
     "noise": (["data.label_noise=1"], r"data\.label_noise=1 must be a number from 0 to below 1"),
+    "cache": (["data.cache=raw"], r"data\.cache=raw must be decoded or none"),
+    "degrade": (["augment.degrade=2"], r"augment\.degrade=2 must be a number from 0 to 1"),
     "ratios": (["data.split_ratios=[0.5,0.5]"], r"data\.split_ratios=\[0\.5, 0\.5\] must be three shares"),
     "splits": (["evaluate.splits=val"], r"evaluate\.splits=val must be a list .* such as \[val,test\]"),
     "splits none": (["evaluate.splits=[]"], r"evaluate\.splits=\[\] must be a list"),
@@ -285,6 +287,10 @@ FILES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "bad pictures": (
         damaged,
         r"1 picture\(s\) cannot be used: b/5\.png \(not a JPEG, PNG, WEBP or GIF picture\); mend",
+    ),
+    "cache unwritable": (
+        lambda _: [*DRAWN, f"cache_dir={Path(__file__)}/cache"],
+        r"cache_dir=.+cannot be written \(Not a directory\): choose another with cache_dir=DIR",
     ),
     "ratios": (lambda _: [*DRAWN, "data.split_ratios=[0.5,0.1,0.1]"], r"data\.split_ratios=\[0\.5, 0\.1, 0\.1\] must"),
     "unknown model": (

@@ -3,13 +3,27 @@ import io
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from facemask.data.manifest import COLUMNS, label_conflicts, scan_folder
+from facemask.data.images import decode
+from facemask.data.manifest import (
+    COLUMNS,
+    MANIFEST_COLUMNS,
+    collect,
+    join_groups,
+    label_conflicts,
+    load_manifest,
+    match,
+    near_conflicts,
+    scan,
+    scan_folder,
+)
+from facemask.data.synthetic import synthetic_bytes
 from facemask.errors import UserError
 
 
@@ -200,3 +214,167 @@ def test_real_folder() -> None:
         assert table[column].tolist() == known[column].tolist(), column
     assert (table["problem"] == "").all()
     assert label_conflicts(table) == []
+
+
+def face(index: int, quality: int = 90, mirror: bool = False) -> bytes:
+    pixels = decode(synthetic_bytes(0, index))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[:, ::-1] if mirror else pixels).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def faces(tmp_path: Path) -> Path:
+    """Five pictures: 1, its mirrored copy under the other label, 2, 3, and a damaged one."""
+    files = {
+        "a/1.jpg": face(0),
+        "b/copy of 1.jpg": face(0, 60, mirror=True),
+        "a/2.jpg": face(2),
+        "b/3\n.jpg": face(3),
+        "b/ü.JPG": face(4)[:900],
+    }
+    return write(tmp_path / "faces", files)
+
+
+def test_manifest(faces: Path, tmp_path: Path) -> None:
+    table = scan(faces, cache_dir=tmp_path / "cache").set_index("path")
+    assert list(table.reset_index().columns) == MANIFEST_COLUMNS
+    assert table.index.tolist() == ["a/1.jpg", "a/2.jpg", "b/3\n.jpg", "b/copy of 1.jpg", "b/ü.JPG"]
+    twins = table.loc[["a/1.jpg", "b/copy of 1.jpg"]]
+    assert twins["dup_group"].tolist() == [twins["sha256"].min()] * 2
+    alone = table.loc[["a/2.jpg", "b/3\n.jpg", "b/ü.JPG"]]
+    assert alone["dup_group"].tolist() == alone["sha256"].tolist()
+    bad = table.loc["b/ü.JPG"]
+    assert (bad["problem"], bad["pixels_sha256"], bad["phash"]) == ("truncated", "", "")
+    pixels = decode((faces / "a/2.jpg").read_bytes())
+    height, width = pixels.shape[:2]
+    digest = hashlib.sha256(f"{height}x{width}\n".encode() + pixels.tobytes()).hexdigest()
+    assert table.loc["a/2.jpg", "pixels_sha256"] == digest
+    assert re.fullmatch("[0-9a-f]{16}", table.loc["a/2.jpg", "phash"])
+    assert table.loc["a/2.jpg", "mtime_ns"] == (faces / "a/2.jpg").stat().st_mtime_ns
+    written = pd.read_csv(faces / "manifest.csv", keep_default_na=False).set_index("path")
+    assert written["dup_group"].to_dict() == table["dup_group"].to_dict()
+    assert label_conflicts(table.reset_index()) == []
+    assert near_conflicts(table.reset_index())["path"].tolist() == ["a/1.jpg", "b/copy of 1.jpg"]
+
+
+def test_only_changed_pictures_are_read_again(faces: Path, tmp_path: Path) -> None:
+    read: list[str] = []
+
+    def look(**options: Any) -> pd.DataFrame:
+        read.clear()
+
+        def bytes_of(path: str) -> bytes:
+            read.append(path)
+            return (faces / path).read_bytes()
+
+        paths = sorted(path.relative_to(faces).as_posix() for path in faces.glob("*/*"))
+        stats = [(faces / path).stat() for path in paths]
+        facts = {"bytes": [s.st_size for s in stats], "mtime_ns": [s.st_mtime_ns for s in stats]}
+        listing = pd.DataFrame({"path": paths, "label": [path[0] for path in paths], **facts})
+        return collect(listing, bytes_of, tmp_path / "cache/x.sqlite", **options)
+
+    first = look()
+    assert len(read) == 5
+    pd.testing.assert_frame_equal(look(), first)
+    assert read == []
+    pd.testing.assert_frame_equal(look(full=True), first)
+    assert len(read) == 5
+    (faces / "a/2.jpg").write_bytes(face(0, 70))  # now a third copy of 1
+    (faces / "b/3\n.jpg").unlink()
+    table = look()
+    assert read == ["a/2.jpg"]
+    assert len(table) == 4
+    assert table["dup_group"].value_counts().max() == 3
+    (tmp_path / "cache/x.sqlite").write_bytes(b"no database at all, but long enough to be read as one" * 99)
+    pd.testing.assert_frame_equal(look(), table)
+    assert len(read) == 4
+
+
+def test_an_interrupted_scan_goes_on(tmp_path: Path) -> None:
+    data = {f"a/{number:03}.png": picture(number) for number in range(300)}
+    listing = pd.DataFrame({"path": list(data), "label": "a", "bytes": 1, "mtime_ns": 1})
+    read: list[str] = []
+
+    def stop_at(path: str, last: str) -> bytes:
+        if path == last:
+            raise KeyboardInterrupt
+        read.append(path)
+        return data[path]
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(listing, lambda path: stop_at(path, "a/290.png"), tmp_path / "x.sqlite", progress=False)
+    read.clear()
+    assert len(collect(listing, lambda path: stop_at(path, ""), tmp_path / "x.sqlite", progress=False)) == 300
+    assert min(read) == "a/256.png"
+
+
+def test_foreign_and_unwritable_manifests(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = faces / "manifest.csv"
+    theirs.write_text("path,label\n")
+    with pytest.raises(UserError, match=r"manifest\.csv was not written by this command .* with --out"):
+        scan(faces, cache_dir=tmp_path / "cache")
+    assert theirs.read_text() == "path,label\n"
+    theirs.unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=f"{faces} cannot be written; give a file elsewhere with --out"):
+        scan(faces, cache_dir=tmp_path / "cache")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"must end in \.csv or \.parquet"):
+        scan(faces, tmp_path / "m.txt", cache_dir=tmp_path / "cache")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be kept in .* --cache-dir"):
+        scan(faces, cache_dir=tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", "manifest.parquet"])
+def test_further_columns_live_on(faces: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / name
+    table = scan(faces, out, cache_dir=tmp_path / "cache").assign(person=["x", "", "x", "y", ""])
+    if name.endswith("csv"):
+        table.to_csv(out, index=False)
+    else:
+        table.to_parquet(out)
+    scan(faces, out, cache_dir=tmp_path / "cache")
+    loaded = load_manifest(faces, out, group_by=["person"], cache_dir=tmp_path / "cache")
+    assert loaded["person"].tolist() == ["x", "", "x", "y", ""]
+    # 1, 3 by person; 1 and its copy by dup_group; the others alone.
+    assert sorted(loaded["group"].value_counts()) == [1, 1, 3]
+    with pytest.raises(UserError, match=r"data\.group_by names shoot, a column that .* lacks"):
+        load_manifest(faces, out, group_by=["shoot"], cache_dir=tmp_path / "cache")
+
+
+def test_pictures_that_changed_since_the_scan(faces: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    scan(faces, cache_dir=cache)
+    assert len(load_manifest(faces, cache_dir=cache)) == 5
+    (faces / "a/2.jpg").touch()  # the same bytes: nothing changed
+    assert len(load_manifest(faces, cache_dir=cache)) == 5
+    old = (faces / "a/2.jpg").read_bytes()
+    (faces / "a/2.jpg").write_bytes(face(5))
+    with pytest.raises(UserError, match=r"1 picture\(s\) have changed since .*manifest\.csv was written \(a/2\.jpg\)"):
+        load_manifest(faces, cache_dir=cache)
+    (faces / "a/2.jpg").unlink()
+    with pytest.raises(UserError, match=r"1 picture\(s\) are gone since .*\(a/2\.jpg\)"):
+        load_manifest(faces, cache_dir=cache)
+    write(faces, {"a/2.jpg": old, "a/new.jpg": face(6)})
+    with pytest.raises(UserError, match=r"1 picture\(s\) have come since .*\(a/new\.jpg\)"):
+        load_manifest(faces, cache_dir=cache)
+    (faces / "manifest.csv").unlink()
+    table = load_manifest(faces, cache_dir=cache)
+    assert len(table) == 6
+    assert table["group"].tolist() == table["dup_group"].tolist()
+
+
+def test_join_groups() -> None:
+    table = pd.DataFrame({"path": list("vwxyz"), "dup": ["2", "2", "3", "1", ""], "person": ["", "p", "p", "", None]})
+    assert join_groups(table, ["dup"]).tolist() == ["2", "2", "3", "1", "z"]
+    assert join_groups(table, ["dup", "person"]).tolist() == ["2", "2", "2", "1", "z"]
+
+
+def test_match(faces: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other", {"x/7.jpg": face(3, 50, mirror=True), "y/8.jpg": face(8)})
+    pairs = match(
+        faces, ["a/1.jpg", "b/3\n.jpg", "b/ü.JPG"], other, ["x/7.jpg", "y/8.jpg"], cache_dir=tmp_path / "cache"
+    )
+    assert pairs.to_numpy().tolist() == [["b/3\n.jpg", "x/7.jpg"]]

@@ -9,11 +9,14 @@ import pytest
 
 from facemask.data.splits import (
     assign_folds,
+    count,
     fingerprint,
     flip_labels,
     fold_split,
     make_split,
+    parse_fold,
     read_split,
+    split_table,
     take_fraction,
     write_split,
 )
@@ -244,14 +247,54 @@ def test_write_and_read_back(tmp_path: Path) -> None:
     assert file.read_bytes() == before
 
 
+def test_another_split_is_not_overwritten(tmp_path: Path) -> None:
+    file = tmp_path / "split.csv"
+    write_split(file, BIG.assign(split=make_split(BIG, 0)))
+    before = file.read_bytes()
+    write_split(file, BIG.assign(split=make_split(BIG, 0)))
+    other = BIG.assign(split=make_split(BIG, 1))
+    with pytest.raises(UserError, match=r"split.csv holds another split or other data; choose another file, or"):
+        write_split(file, other)
+    assert file.read_bytes() == before
+    write_split(file, other, force=True)
+    assert read_split(file, BIG)[0].equals(other["split"])
+
+
+def test_split_table_is_what_its_parts_are() -> None:
+    assert split_table(BIG, 3)["split"].equals(make_split(BIG, 3))
+    assert split_table(BIG, 3, (0.5, 0.25, 0.25))["split"].equals(make_split(BIG, 3, (0.5, 0.25, 0.25)))
+    given = BIG.assign(split="train")
+    assert split_table(given, 3).equals(given)
+    assert split_table(given, 3, fold=1, folds=4)["split"].equals(fold_split(BIG, 1, 4, 3))
+    part = split_table(BIG, 3, fraction=0.25)
+    assert part.equals(take_fraction(BIG.assign(split=make_split(BIG, 3)), 0.25, 3))
+    with pytest.raises(UserError, match=r"^data.fraction=0 must be above 0"):
+        split_table(BIG, 3, fraction=0)
+
+
+def test_parse_fold() -> None:
+    assert parse_fold("2/5") == (2, 5)
+    for wrong in ("2", "2/", "-1/5", "a/b", "1/5/2"):
+        with pytest.raises(UserError, match=f"^fold '{wrong}' must be I/K, such as 0/5 for the first of five folds$"):
+            parse_fold(wrong)
+
+
+def test_count() -> None:
+    table = pd.DataFrame({"label": ["all", "b", "b"], "split": ["train", "train", "test"]})
+    assert count(table).to_dict("index") == {
+        "all": {"train": 1, "val": 0, "test": 0},
+        "b": {"train": 1, "val": 0, "test": 1},
+    }
+
+
 def test_odd_names_come_back(tmp_path: Path) -> None:
     names = ["NA/1,2.png", 'NA/"q".png', "null/ü\n3.png", "null/4 .png"]
     table = pd.DataFrame({"path": names, "label": ["NA", "NA", "null", "null"], "split": ["train", "val"] * 2})
     write_split(tmp_path / "s.csv", table)
     assert read_split(tmp_path / "s.csv", table)[0].tolist() == ["train", "val"] * 2
     numbers = table.assign(path=["007/1.png", "007/2.png", "8/3.png", "8/4.png"], label=["007", "007", "8", "8"])
-    write_split(tmp_path / "s.csv", numbers)
-    assert read_split(tmp_path / "s.csv", numbers)[0].tolist() == ["train", "val"] * 2
+    write_split(tmp_path / "n.csv", numbers)
+    assert read_split(tmp_path / "n.csv", numbers)[0].tolist() == ["train", "val"] * 2
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +307,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"split.csv cannot be written .No space left on device.; choose another place"):
-        write_split(file, table)
+        write_split(file, table, force=True)
     assert file.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["split.csv"]
 

@@ -12,8 +12,9 @@ import pytest
 
 from facemask.data.synthetic import (
     LABELS,
-    SyntheticFile,
+    Face,
     draw_face,
+    mask_box,
     synthetic_bytes,
     synthetic_files,
     synthetic_path,
@@ -51,7 +52,7 @@ def control() -> Control:
     """A table and each picture's mean and standard deviation per RGB and HSV channel, (n, 12)."""
     colour = []
 
-    def measure(file: SyntheticFile) -> None:
+    def measure(file: Face) -> None:
         bgr = decode(file.content)
         hsv = cv2.cvtColor(bgr, cv2.COLOR_BGR2HSV)
         colour.append(np.concatenate([part for p in (bgr, hsv) for part in (p.mean((0, 1)), p.std((0, 1)))]))
@@ -81,7 +82,7 @@ def test_same_bytes_in_another_process() -> None:
 def test_a_face_depends_on_seed_and_index_only() -> None:
     first = draw_face(1, 7)
     draw_face(1, 8)
-    assert np.array_equal(first.pixels, draw_face(1, 7).pixels)
+    assert first.content == draw_face(1, 7).content
     assert first.attributes == draw_face(1, 7).attributes
     digests = {hashlib.sha256(synthetic_bytes(seed, i)).digest() for seed in (0, 1) for i in range(20)}
     assert len(digests) == 40
@@ -115,7 +116,7 @@ def test_hard_negatives_have_their_exact_shares() -> None:
 
 def test_mask_region_is_the_evidence_for_the_label(faces: list) -> None:
     for face in faces:
-        assert face.mask_region.shape == face.pixels.shape[:2]
+        assert face.mask_region.shape == decode(face.content).shape[:2]
         assert face.attributes["mask_pixels"] == face.mask_region.sum()
         if face.label == "with_mask":
             assert region_at(face, "mouth"), face.index
@@ -148,6 +149,42 @@ def test_five_states_differ_in_where_the_mask_is() -> None:
     assert set(seen["mask_hanging_from_ear"]) == {(False, False, True)}
 
 
+@pytest.mark.parametrize("states", [2, 5])
+def test_mask_box_holds_every_mask_and_stands_where_one_would_be(states: int) -> None:
+    """Box and picture agree although the box is computed without the label."""
+    for i in range(50):
+        face = draw_face(6, i, states=states)
+        left, top, right, bottom = mask_box(6, i, states=states)
+        height, width = face.mask_region.shape
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+        assert face.mask_region[top:bottom, left:right].sum() == face.attributes["mask_pixels"]
+        for name in ("nose", "mouth"):
+            assert left < face.attributes[f"{name}_x"] < right
+            assert top < face.attributes[f"{name}_y"] < bottom
+        if face.attributes["state"] == "mask_worn":  # not a whole picture: about the lower half of the head
+            assert (right - left) * (bottom - top) < 0.75 * width * height
+
+
+def test_mask_box_hides_straps_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside the box a masked face and the same face without its mask are drawn alike."""
+    from facemask.data import faces
+
+    monkeypatch.setattr(faces, "draw_behind", lambda *_: None)
+    for i in range(20):
+        style = faces.Style(np.random.default_rng(i))
+        bare, *masked = (
+            faces.draw(style, state, "none", "none", np.random.default_rng(i)).image
+            for state in ("no_mask", "mask_worn", "mask_under_chin", "mask_below_nose", "mask_hanging_from_ear")
+        )
+        left, top, right, bottom = faces.mask_box(style, [*faces.MASK_EDGES, "mask_hanging_from_ear"])
+        bare[top:bottom, left:right] = 0
+        for image in masked:
+            image[top:bottom, left:right] = 0
+            different = np.argwhere((image != bare).any(axis=2))
+            assert not len(different), (i, style.mask_shape, different.min(0), (left, top, right, bottom))
+
+
 def test_looks_size_and_encoding_are_drawn_before_the_label() -> None:
     """The same index has the same style and file format in the 2-state and the 5-state set."""
     for i in range(20):
@@ -163,7 +200,7 @@ def test_looks_size_and_encoding_are_drawn_before_the_label() -> None:
             "noise",
         ):
             assert two.attributes[name] == five.attributes[name]
-        assert two.pixels.shape == five.pixels.shape
+        assert two.mask_region.shape == five.mask_region.shape
         assert synthetic_path(3, i).split("/")[1] == synthetic_path(3, i, 5).split("/")[1]
 
 

@@ -1,12 +1,13 @@
 from pathlib import Path
 
+import cv2
 import hydra.utils
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
 from facemask.data.images import centre_crop
-from facemask.data.transforms import Augmentation, Mix, apply_mix, hashed_rng
+from facemask.data.transforms import Augmentation, Mix, apply_mix, epoch_order, hashed_rng
 
 CONF = str(Path(__file__).parents[2] / "conf")
 
@@ -90,7 +91,7 @@ def test_none_is_the_evaluation_view_in_every_epoch() -> None:
     pixels = noise()
     for epoch in (0, 1):
         np.testing.assert_array_equal(none.view(pixels, "a", epoch), centre_crop(pixels, 32))
-    assert none.mix("a", 0, np.arange(9)) is None
+    assert none.mix("a", 0, 3) is None
 
 
 def test_mixup_by_hand() -> None:
@@ -114,7 +115,7 @@ def test_cutmix_lambda_is_the_exact_share_of_the_area() -> None:
     cutmix = Augmentation(0, 24, mix_prob=1, cutmix_alpha=1.0)
     shares = []
     for i in range(500):
-        mix = cutmix.mix(f"{i}.png", 0, np.arange(7))
+        mix = cutmix.mix(f"{i}.png", 0, 3)
         assert mix is not None
         mixed = apply_mix(np.ones((24, 24, 3), np.uint8), np.zeros((24, 24, 3), np.uint8), mix)
         assert mix.lam == pytest.approx(mixed[..., 0].mean(), abs=1e-12)
@@ -127,42 +128,83 @@ def test_cutmix_lambda_is_the_exact_share_of_the_area() -> None:
 
 def test_mixup_lambda_is_beta_distributed() -> None:
     mixup = Augmentation(0, 24, mix_prob=1, mixup_alpha=0.8)
-    mixes = [mixup.mix(f"{i}.png", 0, np.arange(7)) for i in range(4000)]
+    mixes = [mixup.mix(f"{i}.png", 0, 3) for i in range(4000)]
     lams = np.array([mix.lam for mix in mixes if mix is not None])
     assert len(lams) == 4000
     assert lams.mean() == pytest.approx(0.5, abs=0.02)
     assert lams.var() == pytest.approx(0.25 / (2 * 0.8 + 1), abs=0.006)  # variance of Beta(a, a)
 
 
-def test_partners_come_from_all_candidates_and_are_reproducible() -> None:
-    mixup = Augmentation(3, 24, mix_prob=1, mixup_alpha=1.0)
-    candidates = np.array([4, 8, 15, 16, 23, 42])
-    mixes = [mixup.mix(f"{i}.png", 0, candidates) for i in range(1200)]
-    again = [Augmentation(3, 24, mix_prob=1, mixup_alpha=1.0).mix(f"{i}.png", 0, candidates) for i in range(1200)]
-    assert mixes == again
-    partners, counts = np.unique([mix.partner for mix in mixes if mix], return_counts=True)
-    assert partners.tolist() == candidates.tolist()
-    assert counts.min() > 150  # 200 expected, standard deviation 13
-    for other in (
-        [mixup.mix(f"{i}.png", 1, candidates) for i in range(1200)],
-        [Augmentation(4, 24, mix_prob=1, mixup_alpha=1.0).mix(f"{i}.png", 0, candidates) for i in range(1200)],
-    ):
-        same = np.mean([a.partner == b.partner for a, b in zip(mixes, other, strict=True) if a and b])
-        assert same == pytest.approx(1 / 6, abs=0.05)
+def test_partners_are_mutual_of_one_fold_and_another_every_epoch() -> None:
+    folds = np.arange(64) % 2
+    seen = []
+    for epoch in range(300):
+        order, partner = epoch_order(folds, 3, epoch)
+        assert sorted(order) == list(range(64))
+        np.testing.assert_array_equal(partner[partner], np.arange(64))
+        assert (partner != np.arange(64)).all()
+        np.testing.assert_array_equal(folds[partner], folds)
+        np.testing.assert_array_equal(epoch_order(folds, 3, epoch)[1], partner)
+        seen.append(partner[0])
+    assert set(seen) == set(range(2, 64, 2))  # all of its fold, over the epochs
+    assert max(np.bincount(seen)) <= 25  # 9.7 expected
+    other = epoch_order(folds, 4, 0)
+    assert (other[0] != epoch_order(folds, 3, 0)[0]).mean() > 0.8
+    assert (other[1] != epoch_order(folds, 3, 0)[1]).mean() > 0.8
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_partners_meet_in_one_batch_of_one_rank(ranks: int) -> None:
+    order, partner = epoch_order(np.zeros(64, dtype=int), 0, 5)
+    for start in range(0, 64, 16):
+        for rank in range(ranks):
+            batch = order[start : start + 16][rank::ranks]
+            assert set(partner[batch]) == set(batch)
+
+
+def test_the_odd_picture_of_a_fold_has_a_partner_too() -> None:
+    folds = np.array([0] * 5 + [1] * 3 + [2])
+    order, partner = epoch_order(folds, 0, 0)
+    assert sorted(order) == list(range(9))
+    np.testing.assert_array_equal(folds[partner], folds)
+    assert partner[8] == 8  # alone in its fold
 
 
 def test_share_of_mixed_views_and_the_coin_between_mixup_and_cutmix() -> None:
     both = Augmentation(0, 24, mix_prob=0.3, mixup_alpha=0.8, cutmix_alpha=1.0)
-    mixes = [both.mix(f"{i}.png", 0, np.arange(5)) for i in range(4000)]
+    mixes = [both.mix(f"{i}.png", 0, 3) for i in range(4000)]
     mixed = [mix for mix in mixes if mix is not None]
     assert len(mixed) / 4000 == pytest.approx(0.3, abs=0.03)
     assert np.mean([mix.box is not None for mix in mixed]) == pytest.approx(0.5, abs=0.05)
     always = Augmentation(0, 24, mix_prob=1, mixup_alpha=0.8, cutmix_alpha=1.0)
-    assert all(always.mix(f"{i}.png", 0, np.arange(5)) for i in range(200))
-    assert Augmentation(0, 24, mix_prob=1).mix("a", 0, np.arange(5)) is None
+    assert all(always.mix(f"{i}.png", 0, 3) for i in range(200))
+    assert Augmentation(0, 24, mix_prob=1).mix("a", 0, 3) is None
 
 
 def test_recipes_mix_as_published() -> None:
     deit, vit = augmentation("data=folder", "recipe=deit"), augmentation("data=folder", "recipe=vit")
     assert (deit.mix_prob, deit.mixup_alpha, deit.cutmix_alpha) == (1.0, 0.8, 1.0)
-    assert vit.mix("a", 0, np.arange(5)) is None
+    assert vit.mix("a", 0, 3) is None
+
+
+@pytest.mark.parametrize("name", ["none", "flip", "light", "vit", "deit"])
+def test_degradation_composes_with_every_choice(name: str) -> None:
+    pixels = cv2.GaussianBlur(noise(80, 76), (5, 5), 0)
+    plain = [augmentation(f"augment={name}").view(pixels, f"{i}", 0) for i in range(30)]
+    degrading = augmentation(f"augment={name}", "augment.degrade=0.5")
+    views = [degrading.view(pixels, f"{i}", 0) for i in range(30)]
+    again = [degrading.view(pixels, f"{i}", 0) for i in reversed(range(30))]
+    assert all(np.array_equal(one, two) for one, two in zip(views, reversed(again), strict=True))
+    assert all(view.shape == (32, 32, 3) and view.dtype == np.uint8 for view in views)
+    # All draws of the choice itself come first, so that only the degradation tells the two apart.
+    changed = np.mean([not np.array_equal(one, two) for one, two in zip(views, plain, strict=True)])
+    assert changed == pytest.approx(1 - 0.5**3, abs=0.2)
+
+
+def test_degradation_lowers_sharpness_by_random_amounts() -> None:
+    pixels = noise(64, 64)
+    worse = Augmentation(0, 64, degrade=1.0)
+    sharp = cv2.Laplacian(pixels, cv2.CV_64F).std()
+    left = [cv2.Laplacian(worse.view(pixels, f"{i}", 0), cv2.CV_64F).std() / sharp for i in range(40)]
+    assert max(left) < 0.6
+    assert max(left) > 3 * min(left)

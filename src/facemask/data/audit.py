@@ -1,13 +1,19 @@
-"""What a model must beat: the majority class, and a forest that sees file facts but no pixels."""
+"""What a model must beat: the majority class, and forests that see anything but the mask.
+
+Everything here ends as predictions (id, split, group, label, logit/<head>/<class>), so that its numbers and intervals
+are computed as a model's are.
+"""
 
 from collections.abc import Collection
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-TREES = 300
-# A share of 0 would be a log-probability of -inf; half a tree's vote is below anything the forest can tell.
-FLOOR = 0.5 / TREES
+SMALL = 32
+# The part of a drawn face that mask material can cover, worn or under the chin, in units of the distance from nose to
+# mouth: above the mouth, below it, and to either side. The strings to the ears reach further.
+COVER = (2.1, 3.0, 3.6)
 
 
 def majority_baseline(table: pd.DataFrame, splits: Collection[str]) -> pd.DataFrame:
@@ -16,35 +22,109 @@ def majority_baseline(table: pd.DataFrame, splits: Collection[str]) -> pd.DataFr
     Returns id, split, group, label and float32 `logit/majority/<class>` (classes sorted, those of train)
     for the rows of `splits`, in the table's order. Rows of other splits, but train, are not read.
     """
-    train = table[table["split"] == "train"]
-    share = train["label"].value_counts(normalize=True).sort_index()
+    share = table["label"][table["split"] == "train"].value_counts(normalize=True).sort_index()
     rows = table[table["split"].isin(list(splits))]
     return _predictions(rows, "majority", list(share.index), np.tile(np.log(share.to_numpy()), (len(rows), 1)))
 
 
-def no_pixels_baseline(table: pd.DataFrame, splits: Collection[str], seed: int) -> pd.DataFrame:
-    """Predictions with the head `no_pixels`: a random forest on width, height, bytes, format, fit on train.
+def forest_baseline(
+    table: pd.DataFrame, features: np.ndarray, splits: Collection[str], head: str, trees: int = 300, leaf: float = 1
+) -> pd.DataFrame:
+    """Predictions of a random forest fit on the train rows of `features` (N, D), one row for each of the table's.
 
-    Columns and rows as in `majority_baseline`. Logits are the logs of the forest's probabilities, which are
-    first raised to at least `FLOOR` (so a softmax gives them back up to that floor). Says how far the label
-    can be told from where a picture comes from; a format that train lacks is none of the known ones.
+    Columns and rows as in `majority_baseline`. Logits are the logs of the forest's probabilities, which are first
+    raised to at least half a tree's vote (so a softmax gives them back up to that floor): a share of 0 would be -inf.
     Independent of row order.
+
+    Args:
+        leaf: fewest pictures of a leaf, or their share of train where below 1.
     """
     from sklearn.ensemble import RandomForestClassifier
 
-    train = table[table["split"] == "train"].sort_values("path")
-    formats = sorted(train["format"].unique())
-    forest = RandomForestClassifier(n_estimators=TREES, random_state=seed, n_jobs=1)
-    forest.fit(_facts(train, formats), train["label"].to_numpy(dtype=object))
-    rows = table[table["split"].isin(list(splits))]
+    train = np.flatnonzero(table["split"] == "train")
+    train = train[np.argsort(table["path"].to_numpy(dtype=object)[train])]
+    forest = RandomForestClassifier(n_estimators=trees, min_samples_leaf=leaf, random_state=0, n_jobs=-1)
+    forest.fit(features[train], table["label"].to_numpy(dtype=object)[train])
+    forest.n_jobs = 1  # threads would add the trees' votes in an order of their own
+    asked = table["split"].isin(list(splits)).to_numpy()
     classes = [str(name) for name in forest.classes_]
-    probability = forest.predict_proba(_facts(rows, formats)) if len(rows) else np.empty((0, len(classes)))
-    return _predictions(rows, "no_pixels", classes, np.log(np.maximum(probability, FLOOR)))
+    probability = forest.predict_proba(features[asked]) if asked.any() else np.empty((0, len(classes)))
+    return _predictions(table[asked], head, classes, np.log(np.maximum(probability, 0.5 / trees)))
 
 
-def _facts(rows: pd.DataFrame, formats: list[str]) -> np.ndarray:
-    sizes = rows[["width", "height", "bytes"]].to_numpy(dtype=float)
-    return np.column_stack([sizes, *(rows["format"] == name for name in formats)])
+def file_facts(table: pd.DataFrame) -> np.ndarray:
+    """Width, height, bytes and format (N, D) of every picture; a format that train lacks is none of the known ones."""
+    sizes = table[["width", "height", "bytes"]].to_numpy(dtype=float)
+    formats = sorted(table["format"][table["split"] == "train"].unique())
+    return np.column_stack([sizes, *(table["format"] == name for name in formats)])
+
+
+def small(view: np.ndarray) -> np.ndarray:
+    """A view, uint8 (S, S, 3), at 32 x 32 pixels, area-averaged."""
+    import cv2
+
+    return np.asarray(cv2.resize(view, (SMALL, SMALL), interpolation=cv2.INTER_AREA))
+
+
+def border(small_view: np.ndarray) -> np.ndarray:
+    """The outermost pixels of a small view, flat (372,)."""
+    inside = np.zeros(small_view.shape[:2], dtype=bool)
+    inside[1:-1, 1:-1] = True
+    return small_view[~inside].ravel()
+
+
+def blur(view: np.ndarray) -> np.ndarray:
+    """Log of the variance of the Laplacian of a view's grey values, (1,): low where it is blurred."""
+    import cv2
+
+    grey = cv2.cvtColor(view, cv2.COLOR_RGB2GRAY)
+    return np.log1p([cv2.Laplacian(grey, cv2.CV_64F).var()])
+
+
+def padding(view: np.ndarray, tolerance: int = 16) -> np.ndarray:
+    """How much of each side of a view is constant, (4,): top, bottom, left, right, 0 to 1.
+
+    A row or column counts where its grey values differ by `tolerance` at most.
+    """
+    import cv2
+
+    grey = cv2.cvtColor(view, cv2.COLOR_RGB2GRAY)
+    shares = []
+    for flat in (np.ptp(grey, axis=1) <= tolerance, np.ptp(grey, axis=0) <= tolerance):
+        for side in (flat, flat[::-1]):
+            shares.append((len(side) if side.all() else int(np.argmin(side))) / len(side))
+    return np.array(shares)
+
+
+def cover_lower_half(small_view: np.ndarray) -> np.ndarray:
+    """A small view with grey where, in a framed face, mouth and nose are."""
+    covered = small_view.copy()
+    covered[len(covered) // 2 :] = 128
+    return covered
+
+
+def read_landmarks(root: Path) -> dict[str, np.ndarray]:
+    """Path -> nose and mouth of each drawn face, (2, 2) of x, y as shares of width and height; {} for photographs."""
+    file = root / "attributes.csv"
+    if not file.exists():
+        return {}
+    faces = pd.read_csv(file)
+    columns = ["attr_nose_x", "attr_nose_y", "attr_mouth_x", "attr_mouth_y"]
+    points = (faces[columns].to_numpy() / np.tile(faces[["width", "height"]].to_numpy(), 2)).reshape(-1, 2, 2)
+    return dict(zip(faces["path"], points, strict=True))
+
+
+def cover_mask_region(pixels: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
+    """A drawn face, uint8 (H, W, 3), with grey wherever a mask could be, whether there is one or not."""
+    import cv2
+
+    nose, mouth = landmarks * [pixels.shape[1], pixels.shape[0]]
+    down = mouth - nose
+    aside = np.array([-down[1], down[0]])
+    above, below, beside = COVER
+    left, right = mouth - beside * aside, mouth + beside * aside
+    corners = [left - above * down, right - above * down, right + below * down, left + below * down]
+    return np.asarray(cv2.fillConvexPoly(pixels.copy(), np.rint(corners).astype(np.int32), (128, 128, 128)))
 
 
 def _predictions(rows: pd.DataFrame, head: str, classes: list[str], logits: np.ndarray) -> pd.DataFrame:

@@ -3,35 +3,43 @@
 A new source of pictures is one subclass of `ImageData` with two methods, `load_table` and `read`.
 """
 
+import ctypes
+import gc
 import hashlib
-import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytorch_lightning as pl
 import torch
-from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
-from facemask.data import faces, splits, synthetic
-from facemask.data.cache import PixelCache, open_cache
-from facemask.data.images import centre_crop
-from facemask.data.manifest import scan_folder
-from facemask.data.transforms import Augmentation, apply_mix
+from facemask.data import duplicates, faces, splits, synthetic
+from facemask.data.cache import Files, Pixels, open_cache, writing
+from facemask.data.images import centre_crop, decode
+from facemask.data.manifest import load_manifest, scan_folder, store_of, thumbnails
+from facemask.data.transforms import Augmentation, Mix, apply_mix, epoch_order
 from facemask.errors import UserError
+from facemask.files import build_folder
 
 Batch = dict[str, Any]
+# What Arrow's own allocator frees stays with the process; what the system's frees can be given back.
+pa.set_memory_pool(pa.system_memory_pool())
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:
     """uint8 (H, W, 3) -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    planes = np.empty((3, *pixels.shape[:2]), dtype=np.uint8)
+    cv2.split(pixels, list(planes))  # six times as fast as a transposed copy
+    return torch.from_numpy(planes)
 
 
 class TrainViews(Dataset):
@@ -39,17 +47,26 @@ class TrainViews(Dataset):
 
     An item is a dictionary of `pixels` uint8 (3, H, W), `target` float32 (C,) (a distribution over classes, mixed
     where the view is) and `row`.
+
+    Args:
+        pixels: pictures of the whole table.
+        rows: the training pictures' rows in `pixels` (N,).
+        paths: their paths.
+        labels: class indices (N,).
+        num_classes: C.
+        augmentation: makes the views.
+        folds: cross-fitting fold (N,); a view is mixed with one of the same fold.
     """
 
     def __init__(
         self,
-        pixels: PixelCache,
+        pixels: Pixels,
         rows: np.ndarray,
-        paths: Sequence[str],
+        paths: Any,
         labels: np.ndarray,
         num_classes: int,
         augmentation: Augmentation,
-        partners: Sequence[np.ndarray],
+        folds: np.ndarray,
     ) -> None:
         self.pixels = pixels
         self.rows = rows
@@ -57,27 +74,45 @@ class TrainViews(Dataset):
         self.labels = labels
         self.num_classes = num_classes
         self.augmentation = augmentation
-        self.partners = partners
+        self.folds = folds
+        self._partners: tuple[int, np.ndarray] = (-1, folds)  # of the epoch read last
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The training pictures in the order of an epoch (N,)."""
+        return epoch_order(self.folds, self.augmentation.seed, epoch)[0]
+
+    def mix(self, index: int, epoch: int) -> Mix | None:
+        """How the view of one training picture in one epoch is mixed."""
+        if self._partners[0] != epoch:
+            self._partners = epoch, epoch_order(self.folds, self.augmentation.seed, epoch)[1]
+        return self.augmentation.mix(self.paths[index], epoch, int(self._partners[1][index]))
 
     def view(self, index: int, epoch: int) -> np.ndarray:
         """The view of one training picture in one epoch, before any mixing: uint8 (H, W, 3)."""
         return self.augmentation.view(self.pixels[self.rows[index]], self.paths[index], epoch)
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
-        epoch, index = key
-        view = self.view(index, epoch)
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Batch]:
+        """The items of a batch; a view that is also another's partner is made once."""
+        view = cache(self.view)
+        return [self._item(index, epoch, view) for epoch, index in keys]
+
+    def _item(self, index: int, epoch: int, view: Callable[[int, int], np.ndarray]) -> Batch:
+        pixels = view(index, epoch)
         target = np.zeros(self.num_classes, dtype=np.float32)
-        mix = self.augmentation.mix(self.paths[index], epoch, self.partners[index])
+        mix = self.mix(index, epoch)
         if mix is None:
             target[self.labels[index]] = 1
         else:
-            view = apply_mix(view, self.view(mix.partner, epoch), mix)
+            pixels = apply_mix(pixels, view(mix.partner, epoch), mix)
             target[self.labels[index]] += mix.lam
             target[self.labels[mix.partner]] += 1 - mix.lam
-        return {"pixels": to_tensor(view), "target": torch.from_numpy(target), "row": index}
+        return {"pixels": to_tensor(pixels), "target": torch.from_numpy(target), "row": index}
 
 
 class EvalViews(Dataset):
@@ -86,7 +121,7 @@ class EvalViews(Dataset):
     An item is a dictionary of `pixels` uint8 (3, H, W) and `label` (class index).
     """
 
-    def __init__(self, pixels: PixelCache, rows: np.ndarray, labels: np.ndarray, img_size: int) -> None:
+    def __init__(self, pixels: Pixels, rows: np.ndarray, labels: np.ndarray, img_size: int) -> None:
         self.pixels = pixels
         self.rows = rows
         self.labels = labels
@@ -102,25 +137,31 @@ class EvalViews(Dataset):
 
 class EpochSampler(Sampler):
     """Keys (epoch, row) of a shuffled epoch; rank r of w takes every w-th, so that the global batch of a step holds
-    the same pictures whatever the number of ranks. Lightning calls `set_epoch`."""
+    the same pictures whatever the number of ranks. Lightning calls `set_epoch`. `resume_at` is (epoch, keys of it that
+    are not given again)."""
 
-    def __init__(self, num_rows: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.num_rows = num_rows
-        self.seed = seed
+    def __init__(
+        self, views: TrainViews, rank: int = 0, world_size: int = 1, resume_at: tuple[int, int] = (0, 0)
+    ) -> None:
+        self.views = views
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
+        self.resume_at = resume_at
+        self.epoch = resume_at[0]
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        # Lightning starts the loader processes of a resumed run before it has read the epoch, and says 0.
+        self.epoch = max(epoch, self.resume_at[0])
 
     def __len__(self) -> int:
-        return self.num_rows // self.world_size
+        return len(self.views) // self.world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_rows)
+        order = self.views.order(self.epoch)
         shared = order[: len(self) * self.world_size]  # equal shares, or a rank would wait for ever
-        return iter([(self.epoch, int(index)) for index in shared[self.rank :: self.world_size]])
+        epoch, seen = self.resume_at
+        own = shared[self.rank :: self.world_size][seen if self.epoch == epoch else 0 :]
+        return ((self.epoch, int(index)) for index in own)
 
 
 class FirstEpoch(SequentialSampler):
@@ -139,6 +180,25 @@ def _quiet_worker(_: int) -> None:
     cv2.setNumThreads(0)  # OpenCV would start threads of its own in every worker
 
 
+def _in_a_mapped_file(table: pd.DataFrame, cache_dir: Path) -> pd.DataFrame:
+    """The same table, its columns in a file that is mapped and has no name: gone with the last process that maps it."""
+    with writing(cache_dir):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache_dir, suffix=".arrow") as file:
+            arrow = pa.Table.from_pandas(table, preserve_index=False)
+            with pa.ipc.new_file(file, arrow.schema) as writer:
+                writer.write_table(arrow)
+            file.flush()
+            return pa.ipc.open_file(pa.memory_map(file.name)).read_all().to_pandas(split_blocks=True)
+
+
+def _return_freed_memory() -> None:
+    """Give back what the table took before it lay in a file; else every forked worker has it too."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
+
+
 class ImageData(pl.LightningDataModule):
     """Splits, pixels and loaders over a table of pictures.
 
@@ -149,18 +209,23 @@ class ImageData(pl.LightningDataModule):
         num_workers: loader processes per rank; 0 loads in the training process.
         crop_pct: the short side is resized to floor(img_size / crop_pct), as in timm, before the centre crop.
         fraction, fold, folds, label_noise, split_seed, split_ratios: see `facemask.data.splits`.
+        cache: "decoded" keeps decoded pixels in cache_dir; "none" decodes at every access, with the same pixels.
         cache_dir: decoded pixels are kept here.
+        split: CSV with path,label,split; None makes a seeded split. A fold goes before it.
+        group_by: further columns whose equal values keep pictures on one side of a split.
+        on_bad_file: "error" or "skip", for pictures that cannot be decoded.
+        max_pixels: pictures above this are refused undecoded.
         default_img_size: read by conf/model/_base.yaml alone.
 
-    After `prepare`: `table` (one row per picture used), `classes` (sorted), `fingerprint` (of all of it) and
-    `test_fingerprint` (of the test split, whatever is trained on), `left_out` (path -> reason), `unnamed` (pictures
-    that a split file does not name).
+    After `prepare`: `table` (one row per picture used; it lies in a mapped file, not in memory), `classes` (sorted),
+    `fingerprint` (of all of it) and `test_fingerprint` (of the test split, whatever is trained on), `left_out` (path ->
+    reason), `unnamed` (pictures that a split file does not name).
     """
 
     drawn = False  # drawn pictures may leave the machine, photographs of people may not
+    root: Path | None = None
     unnamed = 0
-    max_pixels = 64_000_000
-    on_bad_file = "error"
+    resume_at = (0, 0)  # (epoch, batches of it already trained on)
 
     def __init__(
         self,
@@ -176,7 +241,12 @@ class ImageData(pl.LightningDataModule):
         label_noise: float = 0.0,
         split_seed: int = 0,
         split_ratios: tuple[float, float, float] = (0.7, 0.1, 0.2),
+        cache: str = "decoded",
         cache_dir: str | Path = ".cache/facemask",
+        split: str | None = None,
+        group_by: Sequence[str] | None = None,
+        on_bad_file: str = "error",
+        max_pixels: int = 64_000_000,
         default_img_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -190,9 +260,14 @@ class ImageData(pl.LightningDataModule):
         self.folds = folds
         self.label_noise = label_noise
         self.split_seed = split_seed
-        train, val, test = split_ratios
-        self.split_ratios = (train, val, test)
+        self.split_ratios = split_ratios
+        self.cache = cache
         self.cache_dir = Path(cache_dir)
+        self.split = split
+        self.group_by = list(group_by or [])
+        self.on_bad_file = on_bad_file
+        self.max_pixels = max_pixels
+        self.left_out: dict[str, str] = {}
         self.crossfit = 1
         self._prepared: tuple[str, ...] = ()
 
@@ -201,9 +276,16 @@ class ImageData(pl.LightningDataModule):
         """One row per picture: path, label, sha256, group, width, height, bytes, format, problem; and split where
         the source brings its own."""
 
-    @abstractmethod
     def read(self, path: str) -> bytes:
         """The encoded picture at a path of the table."""
+        assert self.root is not None
+        return (self.root / path).read_bytes()
+
+    def thumbnails(self, paths: Sequence[str]) -> np.ndarray:
+        """What near-duplicates are found by, uint8 (N, 64, 64), of pictures of the table that was loaded."""
+        with ThreadPoolExecutor() as pool:
+            pictures = pool.map(lambda path: duplicates.thumbnail(decode(self.read(path), self.max_pixels)), paths)
+            return np.array(list(pictures))
 
     # -- the table ----------------------------------------------------------------------------------------------
 
@@ -216,28 +298,69 @@ class ImageData(pl.LightningDataModule):
         wanted = tuple(sorted({"train", "val", *needed}))
         if self._prepared == wanted:
             return
-        table = self.load_table()
+        table = self._load()
         classes = sorted(table["label"].unique())
-        table = self._without_bad(table, dict(zip(table["path"], table["problem"], strict=True)))
-        table = self._with_splits(table)
-        # Unneeded splits stay in the table (and in the fingerprint) but their pictures are not decoded.
-        used = table[table["split"].isin(wanted)]
-        cache = open_cache(used, self.read, self.working_size, self.max_pixels, self.cache_dir)
-        table = self._without_bad(table, cache.problems)
-        cache_row = {path: row for row, path in enumerate(used["path"])}
-        self.table = table.sort_values("path", ignore_index=True)
-        self.pixels = cache
-        self.cache_rows = np.array([cache_row.get(path, -1) for path in self.table["path"]])
+        table = self._without_bad(table)
+        table = splits.split_table(table, self.split_seed, self.split_ratios, self.fold, self.folds, self.fraction)
+        self._decode(table, wanted)
         self.classes = classes
         self._check_splits(wanted)
+        self._prepared = wanted
+        self._noisy = self._class_index(self._noisy_labels())
+
+    def prepare_whole(self, split: str, classes: Sequence[str], names: Mapping[str, str]) -> None:
+        """Read the table and decode all of it as one split, labelled with the classes of a model.
+
+        Args:
+            names: label of this data -> class of the model, where they differ.
+
+        Raises:
+            UserError: a label that is none of the classes, or what `prepare` raises.
+        """
+        table = self._load()
+        labels = sorted(table["label"].unique())
+        if unused := sorted(set(names) - set(labels)):
+            raise UserError(f"--classes names {unused[0]!r}, and the data has the labels {', '.join(labels)}")
+        if foreign := [label for label in labels if names.get(label, label) not in classes]:
+            raise UserError(
+                f"the data's label {foreign[0]!r} is none of the model's classes {', '.join(classes)}: "
+                f"say which one it means with --classes {foreign[0]}={classes[0]}"
+            )
+        table = table.assign(label=table["label"].replace(dict(names)), split=split)
+        self._decode(self._without_bad(table), (split,))
+        self.classes = list(classes)
+        self._prepared = (split,)
+
+    def _decode(self, table: pd.DataFrame, wanted: tuple[str, ...]) -> None:
+        # Unneeded splits stay in the table (and in the fingerprint) but their pictures are not decoded.
+        table = table.sort_values("path", ignore_index=True)
+        used = table["split"].isin(wanted).to_numpy()
+        if self.cache == "none":
+            files = Files(table[used], self.read, self.working_size, self.max_pixels)
+            for _ in files.decode_all():  # to find the bad ones
+                pass
+            self.pixels: Pixels = files
+        else:
+            self.pixels = open_cache(table[used], self.read, self.working_size, self.max_pixels, self.cache_dir)
+        table = self._without_bad(table, self.pixels.problems)
+        self.cache_rows = np.where(used, np.cumsum(used) - 1, -1).astype(np.int32)[table.index]
+        self.table = _in_a_mapped_file(table, self.cache_dir)
         self.fingerprint = splits.fingerprint(self.table)
         self.test_fingerprint = splits.fingerprint(self.table[self.table["split"] == "test"])
-        self._prepared = wanted
-        self._noisy = self._noisy_labels()
 
-    def _without_bad(self, table: pd.DataFrame, problems: dict[str, str]) -> pd.DataFrame:
-        problems = {path: problem for path, problem in problems.items() if problem}
-        self.left_out: dict[str, str] = {**getattr(self, "left_out", {}), **problems}
+    def _load(self) -> pd.DataFrame:
+        table = self.load_table()
+        if self.split is None or self.fold is not None:
+            return table
+        named, self.unnamed = splits.read_split(self.split, table)
+        return table.assign(split=named).dropna(subset="split")
+
+    def _without_bad(self, table: pd.DataFrame, problems: dict[str, str] | None = None) -> pd.DataFrame:
+        """The table less its pictures with problems, which `on_bad_file` may forbid."""
+        if problems is None:
+            bad = table[table["problem"] != ""]
+            problems = dict(zip(bad["path"], bad["problem"], strict=True))
+        self.left_out |= problems
         if problems and self.on_bad_file == "error":
             names = "; ".join(f"{path} ({problem})" for path, problem in sorted(problems.items())[:20])
             more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -246,15 +369,6 @@ class ImageData(pl.LightningDataModule):
                 "mend or remove them, or leave them out with data.on_bad_file=skip"
             )
         return table[~table["path"].isin(list(problems))]
-
-    def _with_splits(self, table: pd.DataFrame) -> pd.DataFrame:
-        if self.fold is not None:
-            table = table.assign(split=splits.fold_split(table, self.fold, self.folds, self.split_seed))
-        elif "split" not in table:
-            table = table.assign(split=splits.make_split(table, self.split_seed, self.split_ratios))
-        if self.fraction < 1:
-            table = splits.take_fraction(table, self.fraction, self.split_seed)
-        return table
 
     def _check_splits(self, wanted: Sequence[str]) -> None:
         if empty := sorted(set(wanted) - set(self.table["split"])):
@@ -267,6 +381,9 @@ class ImageData(pl.LightningDataModule):
                 f"no usable picture of {', '.join(lost)} is left in train: add pictures, or remove the class's folder"
             )
 
+    def _class_index(self, labels: pd.Series) -> np.ndarray:
+        return pd.Categorical(labels, categories=self.classes).codes.astype(np.int32)
+
     def _noisy_labels(self) -> pd.Series:
         if self.label_noise == 0:
             return self.table["label"]
@@ -278,8 +395,8 @@ class ImageData(pl.LightningDataModule):
 
     def labels(self, rows: np.ndarray, noisy: bool = False) -> np.ndarray:
         """Class indices (N,) of rows; `noisy` gives the training targets under label noise."""
-        column = self._noisy if noisy else self.table["label"]
-        return np.searchsorted(self.classes, column.to_numpy()[rows].astype(str))
+        column = self._noisy if noisy else self._class_index(self.table["label"])
+        return column[rows].astype(np.int64)
 
     def crossfit_folds(self) -> np.ndarray:
         """Cross-fitting fold (N,) of every training picture; all 0 without cross-fitting."""
@@ -298,17 +415,14 @@ class ImageData(pl.LightningDataModule):
     def train_views(self, noisy: bool = True) -> TrainViews:
         """The augmented views of the training split; `noisy`: with label noise, where there is any."""
         rows = self.rows("train")
-        folds = self.crossfit_folds()
-        # A partner comes from the same cross-fitting fold: the teacher of a mixed view has seen neither picture.
-        members = [np.flatnonzero(folds == fold) for fold in range(self.crossfit)]
         return TrainViews(
             self.pixels,
             self.cache_rows[rows],
-            self.table["path"].to_numpy()[rows].tolist(),
+            _in_a_mapped_file(self.table.iloc[rows][["path"]], self.cache_dir)["path"].array,
             self.labels(rows, noisy=noisy),
             len(self.classes),
             self.augmentation,
-            [members[fold] for fold in folds],
+            self.crossfit_folds(),
         )
 
     def eval_loader(self, split: str, batch_size: int, rank: int = 0, world_size: int = 1) -> DataLoader:
@@ -343,8 +457,10 @@ class ImageData(pl.LightningDataModule):
                 f"choose a multiple of {world_size}"
             )
         views = self.train_views()
-        epochs = EpochSampler(len(views), self.augmentation.seed, rank, world_size)
+        _return_freed_memory()
         share = self.batch_size // world_size
+        resume_at = (self.resume_at[0], self.resume_at[1] * share)
+        epochs = EpochSampler(views, rank, world_size, resume_at)
         sampler = FirstEpoch(epochs) if getattr(self.trainer, "overfit_batches", 0) > 0 else epochs
         # A smaller last batch would be a noisier step; a set smaller than one batch is used whole.
         return DataLoader(views, share, sampler=sampler, drop_last=len(sampler) >= share, **self._workers())
@@ -358,37 +474,29 @@ class FolderData(ImageData):
 
     Args:
         root: the folder.
-        split: CSV with path,label,split; None makes a seeded split.
-        on_bad_file: "error" or "skip".
-        max_pixels: pictures above this are refused undecoded.
+        manifest: CSV or Parquet with path, dup_group and further columns; None takes the one that `facemask data scan`
+            wrote into the folder, else a search for near-duplicates that is made now.
     """
 
     def __init__(
         self,
         *,
         root: str | None,
-        split: str | None = None,
-        on_bad_file: str = "error",
-        max_pixels: int = 64_000_000,
+        manifest: str | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self.root = Path(root) if root else None
-        self.split = Path(split) if split else None
-        self.on_bad_file = on_bad_file
-        self.max_pixels = max_pixels
+        self.manifest = Path(manifest) if manifest else None
 
     def load_table(self) -> pd.DataFrame:
-        table = scan_folder(self.root)
-        if self.split is None or self.fold is not None:
-            return table
-        named, self.unnamed = splits.read_split(self.split, table)
-        table = table.assign(split=named)
-        return table[table["split"].notna()]
+        return load_manifest(
+            self.root, self.manifest, group_by=self.group_by, cache_dir=self.cache_dir, max_pixels=self.max_pixels
+        )
 
-    def read(self, path: str) -> bytes:
+    def thumbnails(self, paths: Sequence[str]) -> np.ndarray:
         assert self.root is not None
-        return (self.root / path).read_bytes()
+        return thumbnails(store_of(self.root, self.cache_dir, self.max_pixels), paths)
 
 
 class SyntheticData(ImageData):
@@ -407,26 +515,17 @@ class SyntheticData(ImageData):
         self.num_images = num_images
         self.states = states
         self.draw_seed = draw_seed
-
-    @property
-    def root(self) -> Path:
         code = b"".join(Path(str(module.__file__)).read_bytes() for module in (faces, synthetic))
         version = hashlib.sha256(code).hexdigest()[:12]  # other drawing code draws other faces
-        name = f"{self.num_images}_{self.states}_{self.draw_seed}_{version}"
-        return self.cache_dir / "synthetic" / name / "faces"
+        name = f"{num_images}_{states}_{draw_seed}_{version}"
+        self.folder = self.cache_dir / "synthetic" / name
+        self.root = self.folder / "faces"
 
     def load_table(self) -> pd.DataFrame:
-        folder = self.root.parent
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-                try:
-                    synthetic.write_folder(scratch / "faces", self.num_images, self.draw_seed, self.states)
-                    scratch.replace(folder)
-                finally:
-                    shutil.rmtree(scratch, ignore_errors=True)
+        if not self.folder.exists():
+            with writing(self.cache_dir):
+                build_folder(self.folder, self._draw)
         return scan_folder(self.root)
 
-    def read(self, path: str) -> bytes:
-        return (self.root / path).read_bytes()
+    def _draw(self, folder: Path) -> None:
+        synthetic.write_folder(folder / "faces", self.num_images, self.draw_seed, self.states)

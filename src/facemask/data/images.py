@@ -4,6 +4,7 @@ Colour profiles are ignored, as in torchvision and timm.
 """
 
 import io
+import re
 import struct
 import zlib
 from typing import NamedTuple
@@ -33,20 +34,8 @@ _TURN = {
     8: Image.Transpose.ROTATE_90,
 }
 # What Pillow's readers were seen to raise on damaged bytes. UnidentifiedImageError is an OSError.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    EOFError,
-    OverflowError,
-    RuntimeError,
-    AttributeError,
-    struct.error,
-    zlib.error,
-)
+_DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, SyntaxError, ValueError, TypeError, KeyError, IndexError)
+_DAMAGE += (OverflowError, RuntimeError, AttributeError, struct.error, zlib.error)
 
 
 class BadImage(Exception):
@@ -87,6 +76,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     try:
         turn = _TURN.get(_orientation(image, data))
         image.load()
+        if image.format in ("JPEG", "MPO"):
+            _check_jpeg(data)
         rgb = _to_rgb(image, data)
         return np.array(rgb.transpose(turn) if turn is not None else rgb)
     except _DAMAGE as error:
@@ -127,6 +118,18 @@ def centre_crop(img: np.ndarray, size: int) -> np.ndarray:
     img = np.pad(img, [(m // 2, m - m // 2) for m in missing] + [(0, 0)])
     top, left = (round((side - size) / 2) for side in img.shape[:2])
     return np.ascontiguousarray(img[top : top + size, left : left + size])
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Raise BadImage for a JPEG of which a part is garbled: Pillow hides what libjpeg says about it."""
+    import simplejpeg
+
+    try:
+        simplejpeg.decode_jpeg(data, colorspace="GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
+    except ValueError as error:
+        # Not what else it may say: it reads fewer kinds of JPEG than Pillow.
+        if re.match("Corrupt JPEG data|Premature end", str(error)):
+            raise BadImage(_reason(error)) from error
 
 
 def _open(data: bytes) -> Image.Image:

@@ -5,8 +5,7 @@ the rows nor on a library's random numbers.
 """
 
 import hashlib
-import os
-import tempfile
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from facemask.errors import UserError
+from facemask.files import write_text
 
 SPLITS = ("train", "val", "test")
 
@@ -59,6 +59,34 @@ def fold_split(table: pd.DataFrame, i: int, k: int, seed: int, val_ratio: float 
     return rest.reindex(table.index, fill_value="test").rename("split")
 
 
+def parse_fold(text: str) -> tuple[int, int]:
+    """`2/5` -> (2, 5): the fold that is tested, counted from 0, and the number of folds."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None:
+        raise UserError(f"fold {text!r} must be I/K, such as 0/5 for the first of five folds")
+    return int(match[1]), int(match[2])
+
+
+def split_table(
+    table: pd.DataFrame,
+    seed: int,
+    ratios: tuple[float, float, float] = (0.7, 0.1, 0.2),
+    fold: int | None = None,
+    folds: int = 5,
+    fraction: float = 1.0,
+) -> pd.DataFrame:
+    """The table with its column `split`, less the train rows that are not in the fraction.
+
+    A split that the table has is kept, unless a fold is asked for. Raises what `make_split`, `fold_split` and
+    `take_fraction` raise.
+    """
+    if fold is not None:
+        table = table.assign(split=fold_split(table, fold, folds, seed))
+    elif "split" not in table:
+        table = table.assign(split=make_split(table, seed, ratios))
+    return take_fraction(table, fraction, seed) if fraction != 1 else table
+
+
 def take_fraction(table: pd.DataFrame, fraction: float, seed: int) -> pd.DataFrame:
     """The table with about `fraction` of its train rows, per class and in whole groups; other splits stay.
 
@@ -97,6 +125,11 @@ def flip_labels(table: pd.DataFrame, rate: float, seed: int, classes: Sequence[s
     return labels
 
 
+def count(table: pd.DataFrame) -> pd.DataFrame:
+    """Pictures of each class (row) in each split (column)."""
+    return pd.crosstab(table["label"], table["split"]).reindex(columns=list(SPLITS), fill_value=0)
+
+
 def fingerprint(table: pd.DataFrame) -> str:
     """sha256 (hex) of the pictures, their labels and their split; the order of the rows does not matter.
 
@@ -104,8 +137,9 @@ def fingerprint(table: pd.DataFrame) -> str:
     UTF-8, each followed by one NUL byte. No row separator, nothing before, nothing after.
     """
     digest = hashlib.sha256()
-    rows = zip(table["path"], table["label"], table["split"], table["sha256"], strict=True)
-    for row in sorted(rows):
+    columns = ["path", "label", "split", "sha256"]
+    rows = table[columns].sort_values(columns)
+    for row in zip(*(rows[column] for column in columns), strict=True):
         for value in row:
             digest.update(value.encode() + b"\0")
     return digest.hexdigest()
@@ -166,24 +200,21 @@ def read_split(
     return series, len(table) - len(named)
 
 
-def write_split(path: Path | str, table: pd.DataFrame) -> None:
-    """Write path,label,split of `table`, sorted by path, as CSV, atomically; makes the folders above."""
+def write_split(path: Path | str, table: pd.DataFrame, *, force: bool = False) -> None:
+    """Write path,label,split of `table`, sorted by path, as CSV, whole or not at all; makes the folders above.
+
+    Raises UserError where the place cannot be written, and, without `force`, where it holds anything else already.
+    """
     path = Path(path)
     text = table[["path", "label", "split"]].sort_values("path").to_csv(index=False, lineterminator="\n")
-    part: Path | None = None
     try:
+        if path.is_file() and not force and path.read_bytes() != text.encode():
+            raise UserError(
+                f"{path} holds another split or other data; choose another file, or replace it with --force"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        part = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        part.chmod(0o644)  # mkstemp's 0600 would hide the file from colleagues
-        part.replace(path)
+        write_text(path, text)
     except OSError as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
         raise UserError(f"the split file {path} cannot be written ({error.strerror}); choose another place") from error
 
 
@@ -197,15 +228,15 @@ def _assign(table: pd.DataFrame, shares: Mapping[str, float], key: str) -> pd.Se
     """
     names = list(shares)
     share = np.array([shares[name] for name in names])
-    classes, label = np.unique(table["label"].to_numpy(dtype=object), return_inverse=True)
-    groups, member = np.unique(table["group"].to_numpy(dtype=object), return_inverse=True)
+    label, classes = pd.factorize(table["label"], sort=True)
+    member, groups = pd.factorize(table["group"])
     counts = np.zeros((len(groups), len(classes)))
     np.add.at(counts, (member, label), 1)
     target = share[:, None] * counts.sum(axis=0)
     filled = np.zeros_like(target)
     part_of = np.full(len(groups), -1)
-    digests = [_hash(key, group) for group in groups]
-    order = sorted(range(len(groups)), key=lambda g: (-counts[g].sum(), digests[g]))
+    digests = np.fromiter((int(_hash(key, group)[:16], 16) for group in groups), dtype=np.uint64)
+    order = np.lexsort([digests, -counts.sum(axis=1)])
 
     def place(group: int, part: int) -> None:
         part_of[group] = part
@@ -215,7 +246,7 @@ def _assign(table: pd.DataFrame, shares: Mapping[str, float], key: str) -> pd.Se
     for c in np.argsort(number, kind="stable"):
         for part in np.argsort(share, kind="stable"):
             if filled[part, c] == 0:
-                free = next((g for g in reversed(order) if part_of[g] < 0 and counts[g, c] > 0), None)
+                free = next((g for g in order[::-1] if part_of[g] < 0 and counts[g, c] > 0), None)
                 if free is None:
                     raise UserError(
                         f"class {classes[c]!r} is too small: its {int(counts[:, c].sum())} pictures form "

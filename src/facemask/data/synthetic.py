@@ -12,7 +12,7 @@ import hashlib
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from facemask.data.faces import draw, draw_style
+from facemask.data.faces import Style, draw
+from facemask.data.faces import mask_box as box_of_masks
 from facemask.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,71 +34,70 @@ LABELS = {
 }
 
 # Of every 50 consecutive pictures of a class, how many show what: the state that is drawn, what hides the
-# mouth, and what is beside the face.
+# mouth, and what is beside the face. A scarf or a hand would hide a mask under the chin or on an ear.
 Scene = tuple[str, str, str]
-_BESIDE = (("none", 41), ("hand", 3), ("cup", 3), ("scarf", 3))
-_BARE = [("hand", "none", 3), ("cup", "none", 3), ("none", "scarf", 3)]
+_BARE = [(("no_mask", "hand", "none"), 3), (("no_mask", "cup", "none"), 3), (("no_mask", "none", "scarf"), 3)]
+_WORN, _BELOW_NOSE = (
+    [((state, "none", beside), count) for beside, count in (("none", 41), ("hand", 3), ("cup", 3), ("scarf", 3))]
+    for state in ("mask_worn", "mask_below_nose")
+)
+_UNDER_CHIN, _HANGING = (
+    [((state, "none", "none"), 47), ((state, "none", "cup"), 3)]
+    for state in ("mask_under_chin", "mask_hanging_from_ear")
+)
 SCENES: dict[str, list[tuple[Scene, int]]] = {
-    "without_mask": [
-        (("no_mask", "none", "none"), 38),
-        *(((("no_mask", before, beside)), count) for before, beside, count in _BARE),
-        (("mask_under_chin", "none", "none"), 3),
-    ],
-    "with_mask": [(("mask_worn", "none", beside), count) for beside, count in _BESIDE],
-    "no_mask": [
-        (("no_mask", "none", "none"), 41),
-        *(((("no_mask", before, beside)), count) for before, beside, count in _BARE),
-    ],
-    "mask_worn": [(("mask_worn", "none", beside), count) for beside, count in _BESIDE],
-    "mask_below_nose": [(("mask_below_nose", "none", beside), count) for beside, count in _BESIDE],
-    # A scarf or a hand would hide the mask that makes these two.
-    "mask_under_chin": [(("mask_under_chin", "none", "none"), 47), (("mask_under_chin", "none", "cup"), 3)],
-    "mask_hanging_from_ear": [
-        (("mask_hanging_from_ear", "none", "none"), 47),
-        (("mask_hanging_from_ear", "none", "cup"), 3),
-    ],
+    "with_mask": _WORN,
+    "without_mask": [(("no_mask", "none", "none"), 38), *_BARE, (("mask_under_chin", "none", "none"), 3)],
+    "no_mask": [(("no_mask", "none", "none"), 41), *_BARE],
+    "mask_worn": _WORN,
+    "mask_below_nose": _BELOW_NOSE,
+    "mask_under_chin": _UNDER_CHIN,
+    "mask_hanging_from_ear": _HANGING,
 }
 
 # Independent random streams of one picture.
 _STYLE, _DRAWING, _ENCODING, _LABEL, _SCENE = range(5)
 
 
-@dataclass(frozen=True)
 class Encoding:
-    """How a picture's file is made; drawn without knowledge of its label."""
+    """How a picture's file is made; drawn without knowledge of its label.
 
-    format: str  # JPEG or PNG, as Pillow names them
-    jpeg_quality: int  # 0 for PNG
-    blur: float  # standard deviation in pixels
-    noise: float  # standard deviation in grey levels
+    `format` is JPEG or PNG, as Pillow names them; `jpeg_quality` is 0 for PNG; `blur` and `noise` are standard
+    deviations in pixels and in grey levels.
+    """
+
+    def __init__(self, seed: int, index: int) -> None:
+        rng = _rng(_ENCODING, seed, index)
+        quality = int(rng.integers(40, 97))
+        self.format = "JPEG" if rng.random() < 0.8 else "PNG"
+        self.jpeg_quality = quality if self.format == "JPEG" else 0
+        self.blur = round(float(max(0.0, rng.uniform(-0.4, 0.9))), 3)
+        self.noise = round(float(rng.uniform(0.5, 7.0)), 3)
+
+    def encode(self, pixels: NDArray[np.uint8], rng: np.random.Generator) -> bytes:
+        """The bytes of the file of `pixels` (H, W, 3), RGB, with blur and sensor noise."""
+        if self.blur > 0.2:
+            pixels = np.asarray(cv2.GaussianBlur(pixels, (0, 0), self.blur), np.uint8)
+        noise = rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(self.noise)
+        noisy = np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
+        suffix, options = ".png", [cv2.IMWRITE_PNG_COMPRESSION, 2]
+        if self.format == "JPEG":
+            suffix, options = ".jpg", [cv2.IMWRITE_JPEG_QUALITY, self.jpeg_quality]
+        return cv2.imencode(suffix, cv2.cvtColor(noisy, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
 
 @dataclass(frozen=True)
 class Face:
-    """One drawn picture.
+    """One drawn picture as a file, and what is known of it.
 
-    `pixels` is (H, W, 3) uint8 RGB before blur, noise and compression; `mask_region` (H, W) bool is True
-    where mask material shows (straps are not counted); `attributes` say what was drawn, with the pixel
-    positions `nose_x`, `nose_y`, `mouth_x`, `mouth_y`.
+    `path` is relative to the data root; `content` are the file's bytes; `mask_region` (H, W) bool is True where
+    mask material shows (straps are not counted); `attributes` say what was drawn, with the pixel positions
+    `nose_x`, `nose_y`, `mouth_x`, `mouth_y`.
     """
-
-    pixels: NDArray[np.uint8]
-    label: str
-    attributes: dict[str, str | float | int]
-    mask_region: NDArray[np.bool_]
-    seed: int
-    index: int
-
-
-@dataclass(frozen=True)
-class SyntheticFile:
-    """An encoded face and what is known of it."""
 
     path: str
     label: str
     content: bytes
-    width: int
-    height: int
     format: str
     attributes: dict[str, str | float | int]
     mask_region: NDArray[np.bool_]
@@ -117,14 +117,14 @@ def draw_face(seed: int, index: int, *, states: int = 2) -> Face:
     scenes = [scene for scene, count in SCENES[label] for _ in range(count)]
     order = _rng(_SCENE, seed, block // 50, states, LABELS[states].index(label)).permutation(50)
     state, before_mouth, beside = scenes[order[block % 50]]
-    style = draw_style(_rng(_STYLE, seed, index))
+    style, encoding = Style(_rng(_STYLE, seed, index)), Encoding(seed, index)
     drawing = draw(style, state, before_mouth, beside, _rng(_DRAWING, seed, index))
     hard_negative = before_mouth
     if label in ("without_mask", "no_mask") and beside == "scarf":
         hard_negative = "scarf"
     if label == "without_mask" and state == "mask_under_chin":
         hard_negative = "chin_mask"
-    attributes = asdict(style) | {
+    attributes = vars(style) | {
         "state": state,
         "hard_negative": hard_negative,
         "distractor": beside if hard_negative != "scarf" else "none",
@@ -134,71 +134,39 @@ def draw_face(seed: int, index: int, *, states: int = 2) -> Face:
         "mouth_y": round(drawing.mouth[1], 2),
         "mask_pixels": int(np.count_nonzero(drawing.mask_region)),
     }
-    encoding = asdict(draw_encoding(seed, index))
-    del attributes["width"], attributes["height"], encoding["format"]
-    return Face(drawing.image, label, attributes | encoding, drawing.mask_region, seed, index)
-
-
-def draw_encoding(seed: int, index: int) -> Encoding:
-    """The file format, compression, blur and noise of a picture, whatever its label."""
-    rng = _rng(_ENCODING, seed, index)
-    quality = int(rng.integers(40, 97))
-    jpeg = rng.random() < 0.8
-    return Encoding(
-        format="JPEG" if jpeg else "PNG",
-        jpeg_quality=quality if jpeg else 0,
-        blur=round(float(max(0.0, rng.uniform(-0.4, 0.9))), 3),
-        noise=round(float(rng.uniform(0.5, 7.0)), 3),
-    )
-
-
-def encode(face: Face) -> bytes:
-    """The bytes of the picture's JPEG or PNG file, with blur and sensor noise."""
-    encoding = draw_encoding(face.seed, face.index)
-    rng = _rng(_ENCODING, face.seed, face.index, 1)
-    pixels = np.asarray(face.pixels)
-    if encoding.blur > 0.2:
-        pixels = np.asarray(cv2.GaussianBlur(pixels, (0, 0), encoding.blur), np.uint8)
-    noise = rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(encoding.noise)
-    noisy = np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
-    suffix, options = ".png", [cv2.IMWRITE_PNG_COMPRESSION, 2]
-    if encoding.format == "JPEG":
-        suffix, options = ".jpg", [cv2.IMWRITE_JPEG_QUALITY, encoding.jpeg_quality]
-    _, content = cv2.imencode(suffix, cv2.cvtColor(noisy, cv2.COLOR_RGB2BGR), options)
-    return content.tobytes()
+    attributes |= vars(encoding)
+    del attributes["width"], attributes["height"], attributes["format"]
+    content = encoding.encode(drawing.image, _rng(_ENCODING, seed, index, 1))
+    path = synthetic_path(seed, index, states)
+    return Face(path, label, content, encoding.format, attributes, drawing.mask_region)
 
 
 def synthetic_bytes(seed: int, index: int, states: int = 2) -> bytes:
     """The encoded file of one face: the bytes that `synthetic_table` hashes and `write_folder` writes."""
-    return encode(draw_face(seed, index, states=states))
+    return draw_face(seed, index, states=states).content
 
 
 def synthetic_path(seed: int, index: int, states: int = 2) -> str:
     """The file's path relative to the data root, for example `with_mask/000123.jpg`, without drawing it."""
-    suffix = "jpg" if draw_encoding(seed, index).format == "JPEG" else "png"
+    suffix = "jpg" if Encoding(seed, index).format == "JPEG" else "png"
     return f"{_label(seed, index, states)}/{index:06d}.{suffix}"
 
 
-def synthetic_file(seed: int, states: int, index: int) -> SyntheticFile:
-    """Draw and encode one face."""
-    face = draw_face(seed, index, states=states)
-    height, width = face.mask_region.shape
-    return SyntheticFile(
-        path=synthetic_path(seed, index, states),
-        label=face.label,
-        content=encode(face),
-        width=width,
-        height=height,
-        format=draw_encoding(seed, index).format,
-        attributes=face.attributes,
-        mask_region=face.mask_region,
-    )
+def mask_box(seed: int, index: int, *, states: int = 2) -> tuple[int, int, int, int]:
+    """Where a mask is, or would be: left, top, right, bottom in pixels, half-open, without drawing the face.
+
+    The box holds all that a mask with its loops or straps may cover on this head in any state that the set
+    has. It follows from the looks alone, so that a picture covered there shows neither a mask nor its label.
+    """
+    _label(seed, index, states)
+    worn = {scene[0] for label in LABELS[states] for scene, _ in SCENES[label]} - {"no_mask"}
+    return box_of_masks(Style(_rng(_STYLE, seed, index)), sorted(worn))
 
 
-def synthetic_files(n: int, seed: int = 0, *, states: int = 2, workers: int = 2) -> Iterator[SyntheticFile]:
+def synthetic_files(n: int, seed: int = 0, *, states: int = 2, workers: int = 2) -> Iterator[Face]:
     """Files 0..n-1 in order, drawn by `workers` processes (0: in this one; also for fewer than 200 files)."""
     _check(n, seed, states)
-    make = partial(synthetic_file, seed, states)
+    make = partial(draw_face, seed, states=states)
     if workers < 1 or n < 200:
         yield from map(make, range(n))
         return
@@ -213,7 +181,7 @@ def synthetic_table(
     *,
     states: int = 2,
     workers: int = 2,
-    on_file: Callable[[SyntheticFile], None] | None = None,
+    on_file: Callable[[Face], None] | None = None,
 ) -> "pd.DataFrame":
     """Draw n faces and list them: path, label, sha256, group, width, height, bytes, format, attr_*.
 
@@ -228,19 +196,15 @@ def synthetic_table(
     for file in synthetic_files(n, seed, states=states, workers=workers):
         if on_file is not None:
             on_file(file)
-        rows.append(
-            {
-                "path": file.path,
-                "label": file.label,
-                "sha256": hashlib.sha256(file.content).hexdigest(),
-                "group": file.path,
-                "width": file.width,
-                "height": file.height,
-                "bytes": len(file.content),
-                "format": file.format,
-            }
-            | {f"attr_{name}": value for name, value in file.attributes.items()}
-        )
+        height, width = file.mask_region.shape
+        facts: dict[str, str | float | int] = {
+            "path": file.path,
+            "label": file.label,
+            "sha256": hashlib.sha256(file.content).hexdigest(),
+        }
+        facts |= {"group": file.path, "width": width, "height": height, "bytes": len(file.content)}
+        attributes = {f"attr_{name}": value for name, value in file.attributes.items()}
+        rows.append(facts | {"format": file.format} | attributes)
     return pd.DataFrame(rows)
 
 
@@ -258,7 +222,7 @@ def write_folder(root: Path, n: int, seed: int = 0, states: int = 2, *, workers:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty: name a new folder, or remove this one first.")
 
-    def write(file: SyntheticFile) -> None:
+    def write(file: Face) -> None:
         _, region = cv2.imencode(".png", file.mask_region.astype(np.uint8) * 255)
         for path, content in (
             (root / file.path, file.content),

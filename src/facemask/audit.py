@@ -1,0 +1,406 @@
+"""What a data set gives away: leaks between its splits, and how far its labels can be told without the mask.
+
+`baselines` are the figures without pixels that training reports beside its own; `audit` is the whole page.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from facemask.data import audit as shortcuts
+from facemask.data import splits as data_splits
+from facemask.data.manifest import label_conflicts, near_conflicts
+from facemask.errors import UserError
+from facemask.runs import metrics
+from facemask.runs.page import INK, MUTED, SERIES, Cell, Page, plot
+from facemask.runs.predictions import logits, read_predictions, write_predictions
+from facemask.runs.statistics import mean_difference
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from facemask.data.datamodule import ImageData
+
+HEADS = {
+    "majority": "majority class",
+    "no_pixels": "no pixels: width, height, bytes, format",
+    "aspect_ratio": "aspect ratio",
+    "border": "1-pixel border",
+    "top_third": "top third",
+    "covered": "lower half covered",
+    "pixels": f"whole picture at {shortcuts.SMALL}×{shortcuts.SMALL}",
+}
+PIXEL_SHORTCUTS = {
+    "blur": "blur: variance of the Laplacian",
+    "padding": "padding: constant rows and columns at the sides",
+    "border": "1-pixel border",
+}
+# Forests of more pictures take long and gain little; these are the train pictures with the lowest hashes.
+MOST_TRAIN = 10_000
+TREES, LEAF = 100, 0.005
+LISTED = 20
+
+
+# -- the predictions that every number comes from ---------------------------------------------------------------
+
+
+def baselines(table: pd.DataFrame, splits: Collection[str], cache_dir: Path) -> pd.DataFrame:
+    """Predictions of the heads `majority` and `no_pixels` for some splits, fit on train; kept in `cache_dir`.
+
+    Args:
+        table: path, label, split, sha256, group, width, height, bytes, format. Other splits are not read.
+    """
+
+    def fit() -> pd.DataFrame:
+        majority = shortcuts.majority_baseline(table, splits)
+        facts = shortcuts.forest_baseline(table, shortcuts.file_facts(table), splits, "no_pixels")
+        return _joined([majority, facts])
+
+    return _kept(table, {"splits": sorted(splits)}, cache_dir, fit)
+
+
+def shortcut_predictions(data: "ImageData", degrade: float) -> pd.DataFrame:
+    """Predictions of every shortcut for the test split; kept in the data's `cache_dir`.
+
+    Heads: those of `HEADS`, the first two from `baselines`; and those of `PIXEL_SHORTCUTS` with the suffix
+    `_degraded`, fit and tested on views that the augmentation `degrade` has made, beside `blur` and `padding`.
+
+    Args:
+        data: prepared, with its test split.
+        degrade: probability of each degradation of a view, as `augment.degrade` in training.
+    """
+
+    def fit() -> pd.DataFrame:
+        table = data.table[data.table["split"].isin(["train", "test"])]
+        train = table["path"][table["split"] == "train"]
+        chosen = sorted(train, key=lambda path: hashlib.sha256(path.encode()).digest())[:MOST_TRAIN]
+        table = table[(table["split"] == "test") | table["path"].isin(chosen)]
+        features = _features(data, table, degrade)
+        features["aspect_ratio"] = (table["width"] / table["height"]).to_numpy()[:, None]
+        return _joined(
+            [shortcuts.forest_baseline(table, x, ["test"], head, TREES, LEAF) for head, x in features.items()]
+        )
+
+    what = {"degrade": degrade, "img_size": data.img_size, "working_size": data.working_size}
+    base = baselines(data.table, ("test", "val"), data.cache_dir)
+    return _joined([base[base["split"] == "test"].reset_index(drop=True), _kept(data.table, what, data.cache_dir, fit)])
+
+
+def _features(data: "ImageData", table: pd.DataFrame, degrade: float) -> dict[str, np.ndarray]:
+    """Head -> features (N, D) of the table's rows, each picture read once."""
+    from rich.progress import track
+
+    from facemask.data.images import centre_crop
+    from facemask.data.transforms import Augmentation
+
+    root = getattr(data, "root", None)
+    landmarks = shortcuts.read_landmarks(root) if data.drawn and root else {}
+    worse = Augmentation(seed=0, img_size=data.img_size, degrade=degrade)
+    found: dict[str, list[np.ndarray]] = {}
+    rows = zip(table["path"], data.cache_rows[table.index], strict=True)
+    for path, row in track(rows, "reading pixels", total=len(table), transient=True, disable=len(table) < 100):
+        pixels = data.pixels[row]
+        view = centre_crop(pixels, data.img_size)
+        small = shortcuts.small(view)
+        if landmarks:
+            hidden = centre_crop(shortcuts.cover_mask_region(pixels, landmarks[path]), data.img_size)
+            covered = shortcuts.small(hidden)
+        else:
+            covered = shortcuts.cover_lower_half(small)
+        degraded = worse.view(pixels, path, epoch=0)
+        values = {
+            "border": shortcuts.border(small),
+            "top_third": small[: shortcuts.SMALL // 3],
+            "covered": covered,
+            "pixels": small,
+            "blur": shortcuts.blur(view),
+            "padding": shortcuts.padding(view),
+            "border_degraded": shortcuts.border(shortcuts.small(degraded)),
+            "blur_degraded": shortcuts.blur(degraded),
+            "padding_degraded": shortcuts.padding(degraded),
+        }
+        for head, value in values.items():
+            found.setdefault(head, []).append(value.ravel())
+    return {head: np.stack(values) for head, values in found.items()}
+
+
+def _kept(table: pd.DataFrame, what: dict[str, Any], cache_dir: Path, fit: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """What `fit` returns, from `cache_dir/audits` where the same was asked of the same data and code before."""
+    import sklearn
+
+    code = "".join(Path(file).read_text() for file in (__file__, str(shortcuts.__file__)))
+    groups = table[["path", "group"]].sort_values("path").to_numpy().tolist()
+    key = [data_splits.fingerprint(table), groups, what, code, sklearn.__version__]
+    file = cache_dir / "audits" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.parquet"
+    try:
+        return read_predictions(file)[0]
+    except UserError:  # absent or damaged
+        frame = fit()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_predictions(file, frame, sorted(table["label"][table["split"] == "train"].unique()))
+    return frame
+
+
+def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    joined = frames[0]
+    for frame in frames[1:]:
+        joined = joined.merge(frame, on=["id", "split", "group", "label"], how="left", validate="one_to_one")
+    return joined
+
+
+# -- the page ---------------------------------------------------------------------------------------------------
+
+
+def audit(data: "ImageData", degrade: float, source: str) -> Page:
+    """The page of a data set.
+
+    Args:
+        data: prepared, with its test split.
+        degrade: see `shortcut_predictions`.
+        source: what the pictures and their split are, for the page's first line.
+    """
+    table = data.table
+    frame = shortcut_predictions(data, degrade)
+    heads = metrics.evaluate(frame, data.classes)["test"]
+    page = Page("Data audit", f"{source} · {len(table):,} pictures · fingerprint {data.fingerprint[:16]}")
+    page.heading("Findings")
+    for finding in _findings(data, heads):
+        page.note(finding)
+    _balance(page, data)
+    _files(page, data)
+    _leaks(page, data)
+    _conflicts(page, data)
+    _shortcut_table(page, data, heads)
+    _pixel_table(page, data, frame, heads, degrade)
+    return page
+
+
+def _copies(table: pd.DataFrame) -> pd.Series:
+    """Near-duplicate group of each picture, whatever else a split keeps together."""
+    return table["dup_group"] if "dup_group" in table else table["group"]
+
+
+def _also_in(table: pd.DataFrame, names: pd.Series, one: str, other: str) -> pd.Series:
+    """Rows of split `one` (bool, over the table) whose name split `other` has too; an empty name is none."""
+    elsewhere = set(names[(table["split"] == other) & (names != "")])
+    return (table["split"] == one) & names.isin(elsewhere)
+
+
+def _persons(table: pd.DataFrame) -> pd.Series | None:
+    return table["person"].fillna("").astype(str) if "person" in table else None
+
+
+def _percent(entry: dict[str, Any]) -> str:
+    if entry["low"] is None:
+        return f"{100 * entry['value']:.1f}"
+    return f"{100 * entry['value']:.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
+
+
+def _findings(data: "ImageData", heads: dict[str, Any]) -> list[str]:
+    table = data.table
+    tested = table["split"] == "test"
+    majority, facts = heads["majority"]["accuracy"]["value"], heads["no_pixels"]["accuracy"]
+    leaked = int(_also_in(table, _copies(table), "test", "train").sum())
+    found = [
+        f"{leaked:,} of {tested.sum():,} test pictures ({leaked / tested.sum():.1%}) have a near-duplicate in train.",
+        f"Without any pixel, from width, height, bytes and format, {_percent(facts)} % of the test labels are told "
+        f"(majority class {majority:.1%}): read a model's accuracy as its distance from there.",
+    ]
+    strongest = max((head for head in HEADS if head not in ("majority", "pixels")), key=lambda h: _value(heads, h))
+    if strongest != "no_pixels":
+        found.append(f"The strongest shortcut is “{_title(data, strongest)}”: {_value(heads, strongest):.1%}.")
+    persons = _persons(table)
+    if persons is not None:
+        seen = int(_also_in(table, persons, "test", "train").sum())
+        found.append(f"{seen:,} of {tested.sum():,} test pictures ({seen / tested.sum():.1%}) show a person of train.")
+    if data.left_out:
+        found.append(f"{len(data.left_out):,} files cannot be used and are left out of everything here.")
+    if data.unnamed:
+        found.append(f"{data.unnamed:,} pictures of the folder are not in the split file and are left out here.")
+    return found
+
+
+def _value(heads: dict[str, Any], head: str) -> float:
+    return float(heads[head]["accuracy"]["value"])
+
+
+def _title(data: "ImageData", head: str) -> str:
+    return "mask region covered" if head == "covered" and data.drawn else HEADS[head]
+
+
+def _balance(page: Page, data: "ImageData") -> None:
+    page.heading("Classes and splits")
+    counts = data_splits.count(data.table)
+    rows: list[list[Cell]] = [
+        [label, *map(int, numbers), int(numbers.sum()), f"{numbers.sum() / len(data.table):.1%}"]
+        for label, numbers in zip(counts.index, counts.to_numpy(), strict=True)
+    ]
+    total = counts.to_numpy().sum(axis=0)
+    page.table(
+        ["class", *counts.columns, "all", "share"],
+        [*rows, ["all classes", *map(int, total), len(data.table), ""]],
+        strong=[len(rows)],
+    )
+    page.text(f"{data.table['group'].nunique():,} groups of pictures that a split keeps together.")
+
+
+def _files(page: Page, data: "ImageData") -> None:
+    page.heading("Sizes and formats")
+    table = data.table
+    formats = sorted(table["format"].unique())
+    rows: list[list[Cell]] = []
+    for label in data.classes:
+        own = table[table["label"] == label]
+        width, height, size = own["width"], own["height"], own["bytes"]
+        spans = [f"{int(x.median())} ({x.min()}–{x.max()})" for x in (width, height)]
+        aspect = (width / height).median()
+        shares = [f"{(own['format'] == name).mean():.1%}" for name in formats]
+        rows.append([label, *spans, f"{aspect:.2f}", f"{size.median() / 1000:.1f}", *shares])
+    page.table(
+        ["class", "width, px", "height, px", "aspect ratio", "kB", *formats],
+        rows,
+        "medians, in brackets the smallest and largest; share of each format by content",
+    )
+    if data.left_out:
+        page.heading("Files that cannot be used", 3)
+        bad = sorted(data.left_out.items())
+        page.table(["file", "reason"], [[path, reason] for path, reason in bad[:LISTED]], _first(len(bad)))
+
+
+def _first(count: int) -> str:
+    return f"the first {LISTED} of {count:,}" if count > LISTED else ""
+
+
+def _leaks(page: Page, data: "ImageData") -> None:
+    page.heading("The same picture or person in two splits")
+    table = data.table
+    exact = table["sha256"] if "pixels_sha256" not in table else table["pixels_sha256"]
+    kinds = {"same pixels": exact, "near-duplicate": _copies(table)}
+    persons = _persons(table)
+    if persons is not None:
+        kinds["same person"] = persons
+    rows: list[list[Cell]] = []
+    for one, other in (("test", "train"), ("val", "train"), ("test", "val")):
+        for label in data.classes:
+            mine = (table["split"] == one) & (table["label"] == label)
+            hits = [int((_also_in(table, names, one, other) & mine).sum()) for names in kinds.values()]
+            shares = [f"{n:,} ({n / max(1, mine.sum()):.1%})" for n in hits]
+            rows.append([f"{one} in {other}", label, int(mine.sum()), *shares])
+    page.table(["splits", "class", "pictures", *kinds], rows, "pictures of the first split found in the second")
+    manifest = getattr(data, "manifest", None)
+    if manifest is not None:
+        page.text(f"Near-duplicates are those of {manifest}.")
+    elif not data.drawn:
+        page.text(
+            "Near-duplicates are those of the folder's manifest.csv, where facemask data scan wrote one, and else of "
+            "its search by hashes, which misses rotated, cropped and edited copies (facemask data scan --thorough)."
+        )
+    if persons is not None:
+        page.text(
+            f"Persons are known for {(persons != '').sum():,} pictures ({persons[persons != ''].nunique():,} persons)."
+        )
+
+
+def _conflicts(page: Page, data: "ImageData") -> None:
+    page.heading("Copies with different labels")
+    table = data.table
+    same = label_conflicts(table)
+    near = near_conflicts(table) if "dup_group" in table else table.iloc[:0]
+    if not len(near) and not same:
+        page.text("None: no two copies of one picture have different labels.")
+        return
+    page.text(
+        f"{len(same):,} pairs have the same pixels and different labels; {near['dup_group'].nunique():,} groups of "
+        f"near-duplicates hold more than one label ({len(near):,} pictures). Look at them: one label of each is wrong, "
+        "or the groups join different pictures."
+    )
+    split_of = dict(zip(table["path"], table["split"], strict=True))
+    numbers = {group: i + 1 for i, group in enumerate(near["dup_group"].unique())}
+    rows: list[list[Cell]] = [
+        [f"group {numbers[group]}", path, label, split_of[path]]
+        for path, label, group in zip(near["path"], near["label"], near["dup_group"], strict=True)
+    ]
+    page.table(["", "file", "label", "split"], rows[:LISTED], _first(len(rows)))
+    shown = near["path"][near["path"].map(split_of).isin(["train", "val", "test"])][:12]
+    page.pictures([(_pixels(data, path), path) for path in shown])
+
+
+def _pixels(data: "ImageData", path: str) -> np.ndarray:
+    row = data.cache_rows[pd.Index(data.table["path"]).get_loc(path)]
+    return data.pixels[row]
+
+
+def _shortcut_table(page: Page, data: "ImageData", heads: dict[str, Any]) -> None:
+    page.heading("Shortcuts")
+    majority = _value(heads, "majority")
+    tested, groups = heads["majority"]["n"], heads["majority"]["groups"]
+    rows: list[list[Cell]] = [
+        [
+            _title(data, head),
+            _percent(heads[head]["accuracy"]),
+            f"{100 * (_value(heads, head) - majority):+.1f}",
+            _percent(heads[head]["balanced_accuracy"]),
+        ]
+        for head in HEADS
+    ]
+    page.table(
+        ["what is seen", "test accuracy, %", "above majority", "balanced, %"],
+        rows,
+        f"{tested:,} test pictures in {groups:,} groups; in brackets 95 % intervals, resampled by group",
+    )
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.add_subplot()
+        for y, head in enumerate(reversed(HEADS)):
+            entry = heads[head]["accuracy"]
+            if entry["low"] is not None:
+                axes.plot([100 * entry["low"], 100 * entry["high"]], [y, y], color=SERIES[0], linewidth=2)
+            axes.plot(100 * entry["value"], y, "o", color=MUTED if head == "majority" else SERIES[0])
+        axes.axvline(100 * majority, color=MUTED, linewidth=1, linestyle="--")
+        axes.set_yticks(range(len(HEADS)), [_title(data, head) for head in reversed(HEADS)], color=INK)
+        axes.set_xlabel("test accuracy, % (dashed: majority class)")
+        axes.grid(axis="y", visible=False)
+
+    page.figure(plot(draw, height=2.6), "Test accuracy of each shortcut with its 95 % interval")
+    covered = (
+        "In “mask region covered” the part of every face that a mask can cover is grey, with a mask or without; "
+        "strings to the ears still show. "
+        if data.drawn
+        else "In “lower half covered” the lower half of the view is grey. "
+    )
+    page.text(
+        f"Each row is a random forest, fit on train and tested on test. Pixels are those of the "
+        f"evaluation view ({data.img_size} px, aspect ratio kept, centre crop), shrunk to "
+        f"{shortcuts.SMALL}×{shortcuts.SMALL}. {covered}A forest is a weak reader of pixels: its figure is what is at "
+        "least given away, not at most."
+    )
+
+
+def _pixel_table(page: Page, data: "ImageData", frame: pd.DataFrame, heads: dict[str, Any], degrade: float) -> None:
+    page.heading("Pixel shortcuts, and what degrading the views leaves of them")
+    index = {name: i for i, name in enumerate(data.classes)}
+    labels = frame["label"].map(index).to_numpy()
+    groups = pd.factorize(frame["group"])[0]
+    rows: list[list[Cell]] = []
+    for head, title in PIXEL_SHORTCUTS.items():
+        pair = (head, f"{head}_degraded")
+        before, after = (logits(frame, name, data.classes).argmax(axis=1) == labels for name in pair)
+        change = mean_difference(after.astype(float) - before, groups, np.random.default_rng(0), resamples=1000)
+        low, high = max(-1.0, change.low), min(1.0, change.high)
+        interval = f"{100 * change.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        rows.append([title, *(_percent(heads[name]["accuracy"]) for name in pair), interval])
+    page.table(
+        ["what is seen", "evaluation view, %", f"degrade={degrade:g}, %", "change, points"],
+        rows,
+        f"test accuracy; majority class {_value(heads, 'majority'):.1%}",
+    )
+    page.text(
+        f"Degraded views are made as training makes them with augment.degrade={degrade:g} (resolution, blur and JPEG "
+        "quality, each at random), here without crop, mirror and colour; forests are fit and tested on them. The "
+        "change is measured, not claimed closed: a difference that the views still show can still be learned."
+    )

@@ -1,0 +1,197 @@
+"""Speed, as ratios of two things measured in turn on one machine: `facemask bench ...`."""
+
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import albumentations
+import cv2
+import hydra.utils
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader, Subset, default_collate
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from facemask.data.datamodule import ImageData, to_tensor
+from facemask.errors import UserError
+from facemask.files import write_json
+from facemask.runs.provenance import collect
+
+CONF = Path(__file__).parents[2] / "conf"
+BATCH = 64
+SIDE = 224
+AUGMENTS = ("light", "vit", "deit")
+# What is asked of loading: ours is at least so many times as fast.
+NEEDED = {"torchvision": 3.0, "albumentations": 2.0}
+
+
+def pairs(a: Callable[[], Any], b: Callable[[], Any], rounds: int) -> list[tuple[float, float]]:
+    """Seconds of `a` and of `b`, taken in turn (A B A B ...), after one call of each that is not counted."""
+
+    def seconds(function: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    a(), b()
+    return [(seconds(a), seconds(b)) for _ in range(rounds)]
+
+
+def ratio(times: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """How many times as fast A is as B: ratio of the medians, and lowest and highest ratio of single pairs."""
+    a, b = (statistics.median(column) for column in zip(*times, strict=True))
+    single = [second / first for first, second in times]
+    return {"seconds": a, "other_seconds": b, "ratio": b / a, "lowest": min(single), "highest": max(single)}
+
+
+def machine_kind(hardware: dict[str, Any]) -> str:
+    """Name of a kind of machine, fit for a folder: processor, cores and GPUs."""
+    processor = re.sub(r"\(.*?\)", "", hardware["processor"])
+    parts = [processor, f"{hardware['cores']} cores", *hardware["gpus"]]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+
+
+def bench_data(root: Path | None, rounds: int, pictures: int, out: Path) -> Path:
+    """Loading of training batches at 224 pixels by one core with everything cached, ours against torchvision's.
+
+    The others are `ImageFolder` on the same pictures, (a) with torchvision's equivalent transforms, (b) with the same
+    albumentations pipeline, uncached. All end in a collated batch of uint8 pixels; with mixup and CutMix the others
+    mix within the batch as torchvision does, in float32.
+
+    Args:
+        root: one sub-folder per class; None: drawn faces.
+        rounds: pairs per comparison.
+        pictures: at most so many per round.
+        out: parent of bench/<machine kind>/data.json.
+
+    Returns: the JSON file.
+    """
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    comparisons, steps = [], {}
+    for augment in AUGMENTS:
+        data = _data(root, augment)
+        batches = min(pictures, len(data.rows("train"))) // BATCH
+        if batches == 0:
+            raise UserError(f"the training split has fewer than {BATCH} pictures: give a larger folder")
+        ours = partial(_read, data.train_dataloader(), batches)
+        for name, transform in (("torchvision", _torchvision(augment)), ("albumentations", _uncached(data))):
+            result = ratio(pairs(ours, partial(_read, _image_folder(data, transform), batches), rounds))
+            rates = (batches * BATCH / result.pop("seconds"), batches * BATCH / result.pop("other_seconds"))
+            comparisons.append(
+                {"augment": augment, "against": name, "ours_per_s": rates[0], "other_per_s": rates[1], **result}
+            )
+        steps[augment] = _steps(data, min(pictures, len(data.rows("train"))))
+    provenance, _ = collect()
+    wanted = ("torch", "torchvision", "albumentations", "opencv-python-headless", "pillow", "numpy", "facemask")
+    versions = {name: version for name, version in provenance["versions"].items() if name.lower() in wanted}
+    content = {
+        "command": f"facemask bench data --rounds {rounds} --pictures {pictures}",
+        "source": "a folder" if root else "drawn faces",
+        "median_size": [int(data.table[side].median()) for side in ("width", "height")],
+        "pictures_per_round": batches * BATCH,
+        "rounds": rounds,
+        "load_average": os.getloadavg()[0],
+        "comparisons": comparisons,
+        "milliseconds_per_picture": steps,
+        "hardware": provenance["hardware"],
+        "versions": versions,
+        "git": provenance["git"]["commit"],
+    }
+    file = out / "bench" / machine_kind(provenance["hardware"]) / "data.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, content)
+    _print(content)
+    return file
+
+
+def _read(loader: DataLoader, batches: int) -> None:
+    for _ in islice(loader, batches):
+        pass
+
+
+def _data(root: Path | None, augment: str) -> ImageData:
+    source = ["data=folder", f"data.root={root}"] if root else ["data=synthetic", "data.num_images=800"]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = [*source, f"augment={augment}", f"model.img_size={SIDE}", f"data.batch_size={BATCH}"]
+        cfg = compose("train", [*overrides, *(["data.on_bad_file=skip"] if root else [])])
+    augmentation = hydra.utils.instantiate(cfg.augment, _convert_="all")  # albumentations wants plain lists
+    data: ImageData = hydra.utils.instantiate(cfg.data, _partial_=True)(augmentation=augmentation)
+    data.prepare()
+    return data
+
+
+def _torchvision(augment: str) -> Callable[[Image.Image], Any]:
+    """The transforms of conf/augment in torchvision's terms."""
+    smallest = 0.35 if augment == "light" else 0.08
+    steps: list[Any] = [v2.RandomResizedCrop(SIDE, (smallest, 1.0)), v2.RandomHorizontalFlip()]
+    if augment == "light":
+        steps += [v2.RandomApply([v2.ColorJitter(0.3, 0.3, 0.3)], 0.8)]
+    if augment == "deit":
+        steps += [v2.RandAugment(2, 9)]
+    return v2.Compose([*steps, v2.PILToTensor(), *([v2.RandomErasing(0.25)] if augment == "deit" else [])])
+
+
+def _uncached(data: ImageData) -> Callable[[Image.Image], torch.Tensor]:
+    transform: Any = data.augmentation.transform
+    return lambda image: to_tensor(transform(image=np.asarray(image))["image"])
+
+
+def _image_folder(data: Any, transform: Callable[[Image.Image], Any]) -> DataLoader:
+    """Training batches of the same pictures from torchvision's `ImageFolder`."""
+    folder = ImageFolder(str(data.root), transform, allow_empty=True)
+    wanted = set(data.table["path"].iloc[data.rows("train")])
+    rows = [i for i, (path, _) in enumerate(folder.samples) if Path(path).relative_to(data.root).as_posix() in wanted]
+    if data.augmentation.mix_prob == 0:
+        return DataLoader(Subset(folder, rows), BATCH, shuffle=True, drop_last=True)
+    classes = len(folder.classes)
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)])
+
+    def collate(items: list[Any]) -> Any:
+        pixels, labels = default_collate(items)
+        return mix(pixels.float(), labels)
+
+    return DataLoader(Subset(folder, rows), BATCH, shuffle=True, drop_last=True, collate_fn=collate)
+
+
+def _steps(data: ImageData, count: int) -> dict[str, float]:
+    """Milliseconds per picture of each step of a training view."""
+    views, took = [data.pixels[row] for row in data.cache_rows[data.rows("train")[:count]]], {}
+    transforms = data.augmentation.transform.transforms  # type: ignore[union-attr]
+    for name, step in [
+        *((type(step).__name__, albumentations.Compose([step])) for step in transforms),
+        ("tensor", None),
+    ]:
+        start = time.perf_counter()
+        views = [to_tensor(view) if step is None else step(image=view)["image"] for view in views]
+        took[name] = 1000 * (time.perf_counter() - start) / count
+    return took
+
+
+def _print(content: dict[str, Any]) -> None:
+    table = Table(title=f"Training views of {content['source']} at {SIDE} pixels, images/s of one core")
+    for column in ("augment", "ours", "ImageFolder and", "theirs", "ratio", "spread", "asked"):
+        table.add_column(column, justify="left" if column in ("augment", "ImageFolder and") else "right", no_wrap=True)
+    for row in content["comparisons"]:
+        needed = NEEDED[row["against"]]
+        met = "" if row["ratio"] >= needed else " missed"
+        rates = f"{row['ours_per_s']:.0f}", row["against"], f"{row['other_per_s']:.0f}"
+        spread = f"{row['lowest']:.1f}-{row['highest']:.1f}"
+        table.add_row(row["augment"], *rates, f"{row['ratio']:.1f}", spread, f"{needed:.0f}{met}")
+    console = Console(highlight=False)
+    console.print(table)
+    for augment, steps in content["milliseconds_per_picture"].items():
+        console.print(f"{augment}, ms a picture: " + ", ".join(f"{name} {ms:.3f}" for name, ms in steps.items()))
