@@ -1,0 +1,320 @@
+"""A finished run, made here without training, evaluated on its own pictures and on others."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from typer.testing import CliRunner
+
+from facemask.audit import baselines
+from facemask.cli import app
+from facemask.config import as_plain, check_targets, read_config
+from facemask.data import synthetic
+from facemask.errors import UserError
+from facemask.evaluate import (
+    CONF,
+    build_data,
+    compare_predictions,
+    evaluate,
+    find_teacher,
+    load_run,
+    predict_splits,
+)
+from facemask.files import write_json, write_text
+from facemask.modeling.classifier import Classifier
+from facemask.runs import metrics, predictions
+from facemask.runs.checkpoints import checkpoint_facts, write_checkpoint
+from facemask.runs.folder import RunFolder
+from facemask.runs.ledger import openings
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Folders: `faces` (60 pictures, the run's own) and `run`; nothing in them is changed by a test."""
+    place = tmp_path_factory.mktemp("evaluate")
+    synthetic.write_folder(place / "faces", 60, 0)
+    (place / "faces" / "attributes.csv").unlink(missing_ok=True)
+    options = [
+        "model=deit_distilled",
+        "distill=none",
+        "model.img_size=32",
+        "model.depth=1",
+        "data=folder",
+        f"data.root={place / 'faces'}",
+        f"cache_dir={place / 'cache'}",
+        f"ledger={place / 'ledger.jsonl'}",
+        f"run_dir={place / 'run'}",
+        "evaluate.resamples=200",
+    ]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", options)
+        config = as_plain(cfg)
+    data = build_data(config["data"])
+    data.prepare(["test"])
+    classifier = Classifier(config["model"], config["distill"], config["optim"], data.classes, 0, 64)
+    folder = RunFolder(place / "run")
+    folder.path.mkdir()
+    write_text(folder.path / "config.yaml", yaml.safe_dump(config))
+    write_json(folder.path / "provenance.json", {"fingerprint": data.fingerprint})
+    data.table[["path", "label", "split", "group", "sha256", "bytes"]].to_csv(folder.path / "split.csv", index=False)
+    best = folder.path / "checkpoints" / "best.ckpt"
+    write_checkpoint(best, {"hyper_parameters": dict(classifier.hparams), "state_dict": classifier.state_dict()})
+    write_json(folder.path / "checkpoints.json", {"best.ckpt": checkpoint_facts(best)})
+    frame, _ = predict_splits(classifier, None, data, ["val", "test"], 64, CPU)
+    frame = frame.merge(baselines(data.table, ["val", "test"], place / "cache"), on=predictions.COLUMNS)
+    predictions.write_predictions(folder.path / "predictions.parquet", frame, data.classes)
+    write_json(folder.path / "metrics.json", metrics.evaluate(frame, data.classes, resamples=200))
+    write_json(folder.path / "summary.json", {"reported_head": "mean", "distillation": {}})
+    write_json(folder.path / "status.json", {"state": "finished"})
+    return place
+
+
+@pytest.fixture
+def run(place, tmp_path):
+    """A copy of the run that a test may change."""
+    return shutil.copytree(place / "run", tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def other(place):
+    """24 faces of another seed, and copies of 5 of the run's training pictures: smaller, mirrored, re-encoded."""
+    other = place / "other"
+    synthetic.write_folder(other, 24, 7)
+    (other / "attributes.csv").unlink(missing_ok=True)
+    split = pd.read_csv(place / "run" / "split.csv")
+    copies = split[split["split"] == "train"].sort_values("path").iloc[:5]
+    for number, row in enumerate(copies.itertuples()):
+        pixels = cv2.imread(str(place / "faces" / row.path))
+        if number % 2:
+            pixels = pixels[:, ::-1]
+        pixels = cv2.resize(pixels, None, fx=0.8, fy=0.8, interpolation=cv2.INTER_AREA)
+        cv2.imwrite(str(other / row.label / f"copy{number}.jpg"), pixels, [cv2.IMWRITE_JPEG_QUALITY, 85])
+    return other
+
+
+def options(place, *more):
+    return [f"cache_dir={place / 'cache'}", f"ledger={place / 'ledger.jsonl'}", *more]
+
+
+def facts_of(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_own_splits_come_out_as_stored_and_the_test_opening_is_written_down(place, run, capsys):
+    ledger = run.parent / "ledger.jsonl"
+    folder = evaluate(run, [f"cache_dir={place / 'cache'}", f"ledger={ledger}"], name="again")
+    assert folder == run / "evaluations" / "again"
+    facts = facts_of(folder)
+    for split, pictures in (("val", 6), ("test", 12)):
+        assert facts["against_stored"][split]["pictures"] == pictures
+        assert facts["against_stored"][split]["largest_difference"] == 0
+    assert facts["test_opened"] == 1
+    assert json.loads((folder / "metrics.json").read_text()) == json.loads((run / "metrics.json").read_text())
+    told = capsys.readouterr().out
+    assert "equal to the stored ones, bit for bit" in told
+    assert "test opened once" in told
+
+
+def test_only_val_opens_no_test(place, run):
+    ledger = run.parent / "ledger.jsonl"
+    evaluate(run, [f"cache_dir={place / 'cache'}", f"ledger={ledger}", "evaluate.splits=[val]"], name="val")
+    assert not ledger.exists()
+
+
+def test_changed_pictures_are_refused(place, run):
+    split = pd.read_csv(run / "split.csv")
+    split.iloc[1:].to_csv(run / "split.csv", index=False)
+    with pytest.raises(UserError, match="changed since"):
+        evaluate(run, options(place))
+    assert not (run / "evaluations").exists()
+
+
+def test_other_pictures_near_duplicates_and_the_drop(place, run, other, capsys):
+    ledger = run.parent / "ledger.jsonl"
+    given = [f"cache_dir={place / 'cache'}", f"ledger={ledger}", "data=folder", f"data.root={other}"]
+    whole = evaluate(run, given, name="whole")
+    facts = facts_of(whole)
+    found = {pair["path"].split("/")[1] for pair in facts["near_duplicates"]["pairs"]}
+    assert found == {f"copy{number}.jpg" for number in range(5)}
+    assert (facts["near_duplicates"]["pictures"], facts["near_duplicates"]["of"]) == (5, 29)
+    frame, classes = predictions.read_predictions(whole / "predictions.parquet")
+    assert len(frame) == 29
+    assert set(frame["split"]) == {"other"}
+    assert predictions.heads(frame) == ["head", "head_dist", "mean", "majority", "no_pixels"]
+
+    before = json.loads((run / "metrics.json").read_text())["test"]["mean"]["accuracy"]["value"]
+    after = (predictions.logits(frame, "mean", classes).argmax(axis=1) == frame["label"].map(classes.index)).mean()
+    assert facts["against"] == "test"
+    assert facts["drop"]["mean"]["accuracy"]["value"] == pytest.approx(before - after)
+    assert "5 (17.2%) are near-duplicates of the run's training pictures: kept" in capsys.readouterr().out
+
+    clean = evaluate(run, given, name="clean", exclude_duplicates=True)
+    kept, _ = predictions.read_predictions(clean / "predictions.parquet")
+    assert len(kept) == 24
+    pd.testing.assert_frame_equal(kept, frame[~frame["id"].str.contains("copy")].reset_index(drop=True))
+    assert openings(ledger, facts["fingerprint"], "other") == 2
+
+
+def test_nothing_is_overwritten(place, run, other):
+    given = options(place, "data=folder", f"data.root={other}")
+    evaluate(run, given, name="one")
+    with pytest.raises(UserError, match="exists already and is not overwritten"):
+        evaluate(run, given, name="one")
+
+
+def test_without_the_training_pictures(place, run, other):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["root"] = str(run / "gone")
+    write_text(run / "config.yaml", yaml.safe_dump(config))
+    given = options(place, "data=folder", f"data.root={other}")
+    with pytest.raises(UserError, match="--exclude-duplicates needs the run's training pictures"):
+        evaluate(run, given, exclude_duplicates=True)
+    folder = evaluate(run, given)
+    facts = facts_of(folder)
+    assert "near-duplicates of training pictures are unknown" in facts["notes"][0]
+    assert "near_duplicates" not in facts
+    assert predictions.heads(predictions.read_predictions(folder / "predictions.parquet")[0]) == [
+        "head",
+        "head_dist",
+        "mean",
+    ]
+
+
+def test_labels_of_other_pictures(place, run, other, tmp_path):
+    renamed = tmp_path / "renamed"
+    for label, folder in (("with_mask", "masked"), ("without_mask", "bare")):
+        shutil.copytree(other / label, renamed / folder)
+    given = options(place, "data=folder", f"data.root={renamed}")
+    with pytest.raises(UserError, match="the data's label 'bare' is none of the model's classes"):
+        evaluate(run, given)
+    with pytest.raises(UserError, match="--classes names 'nude'"):
+        evaluate(run, given, names={"nude": "without_mask"})
+    folder = evaluate(run, given, names={"masked": "with_mask", "bare": "without_mask"})
+    same = evaluate(run, options(place, "data=folder", f"data.root={other}"))
+    numbers = [json.loads((place / "metrics.json").read_text())["other"]["mean"] for place in (folder, same)]
+    assert numbers[0]["confusion"] == numbers[1]["confusion"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["optim.lr=1"], "optim.lr says nothing about an evaluation"),
+        (["data.root=/nowhere"], "data.root is of other pictures: name their kind as well"),
+        (["data=folder", "data.root=/nowhere"], "/nowhere does not exist"),
+        (["data=folders"], "data=folders does not exist: choose one of"),
+        (["data=folder", "data.rot=x"], "unknown key data.rot"),
+        (["data=folder", "data.img_size=64"], "the run's model sees pictures of 32 px"),
+        (["evaluate.resamples=3"], "evaluate.resamples=3 must be"),
+    ],
+)
+def test_wrong_options(place, run, overrides, sentence):
+    with pytest.raises(UserError, match=sentence):
+        evaluate(run, options(place, *overrides))
+    assert not (run / "evaluations").exists()
+
+
+def test_command_line(place, run, other):
+    given = [str(run), *options(place, "data=folder", f"data.root={other}"), "--name", "cli"]
+    result = CliRunner().invoke(app, ["evaluate", *given])
+    assert result.exit_code == 0, result.output
+    assert (run / "evaluations" / "cli" / "predictions.parquet").exists()
+    assert isinstance(CliRunner().invoke(app, ["evaluate", *given, "--classes", "a"]).exception, UserError)
+
+
+def test_load_run_gives_the_weights_that_were_written(place):
+    cfg, classifier, classes = load_run(place / "run")
+    stored = torch.load(place / "run" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, stored[name]) for name, value in classifier.state_dict().items())
+    assert not classifier.training
+    assert classes == ["with_mask", "without_mask"]
+    assert cfg.data.root == str(place / "faces")
+    assert find_teacher(place / "run", cfg, place / "cache", classes) is None
+
+
+def test_runs_that_cannot_be_trusted(run, tmp_path):
+    with pytest.raises(UserError, match="holds no finished run"):
+        evaluate(tmp_path)
+    best = run / "checkpoints" / "best.ckpt"
+    content = torch.load(best, weights_only=True)
+    content["hyper_parameters"]["model"]["_target_"] = "os.system"
+    write_checkpoint(best, content)
+    with pytest.raises(UserError, match=r"checkpoints\.json has another sha256"):
+        load_run(run)
+    (run / "checkpoints.json").unlink()
+    with pytest.raises(UserError, match=r"asks for 'os\.system', which is never built from a file"):
+        load_run(run)
+    best.write_bytes(best.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        load_run(run)
+    best.unlink()
+    with pytest.raises(UserError, match="has no checkpoint"):
+        load_run(run)
+    (run / "config.yaml").write_text("model: {_target_: builtins.eval}\ndata: {}\n")
+    with pytest.raises(UserError, match=r"asks for 'builtins.eval'"):
+        load_run(run)
+    (run / "config.yaml").write_text("!!python/object/apply:os.system [echo no]")
+    with pytest.raises(UserError, match="is not readable YAML"):
+        read_config(run / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "facemask.config.os.system",
+        "facemask.files.write_text",
+        "facemask.modeling.weights.torch.load",
+        "facemask.modeling.__builtins__.eval",
+        "albumentations.core.serialization.load",
+        "torch.optim.lr_scheduler.types.FunctionType",
+        "pytorch_lightning.callbacks.Callback\nos.system",
+        ["facemask.data.datamodule.FolderData"],
+    ],
+)
+def test_refused_targets(target):
+    with pytest.raises(UserError, match="never built from a file"):
+        check_targets({"model": [{"deep": {"_target_": target}}]}, "config.yaml")
+
+
+def test_every_target_of_the_projects_own_configs_is_allowed():
+    for file in set(CONF.rglob("*.yaml")) - set(CONF.glob("sweep*/**/*")) - set(CONF.glob("sweep*.yaml")):
+        config = yaml.safe_load(file.read_text()) or {}
+        config.pop("hydra", None)
+        check_targets(json.loads(json.dumps(config).replace("${", "$(")), file)  # a run keeps them resolved
+
+
+def test_compare_predictions():
+    def frame(logits):
+        ids = ["a", "b"]
+        return predictions.assemble(ids, ["test"] * 2, ids, ["x", "y"], {"head": np.array(logits)}, ["x", "y"])
+
+    before = frame([[1.0, 0.0], [0.0, 0.5]])
+    after = frame([[1.0, 0.25], [0.0, -0.25]])
+    found = compare_predictions(after.iloc[::-1], before, ["x", "y"])["test"]
+    assert found["largest_difference"] == 0.75
+    assert found["changed_decisions"] == 1
+    assert compare_predictions(before.iloc[:1], before, ["x", "y"])["test"]["sentence"].startswith("the run stored no")
+
+
+def test_difference_of_two_proportions_is_newcombes():
+    # Newcombe (1998), table II: 56/70 and 48/80, method 10: 0.2, interval 0.0524 to 0.3339
+    entries = []
+    for correct, trials in ((56, 70), (48, 80)):
+        labels = np.zeros(trials, dtype=int)
+        labels[trials // 2 :] = 1
+        logits = np.eye(2)[labels] * 2.0
+        logits[correct:] = -logits[correct:]
+        entries.append(metrics.scalar_metrics(logits, labels, resamples=100)["accuracy"])
+    found = metrics.difference(*entries)
+    assert found["value"] == pytest.approx(0.2)
+    assert (found["low"], found["high"]) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    unknown = {"value": None, "low": None, "high": None, "interval": None}
+    assert metrics.difference(entries[0], unknown)["value"] is None
