@@ -16,7 +16,7 @@ from facemask.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "local")
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("local", "sweep"))
 FILES = [
     f"{file.parent.name}={file.stem}"
     for group in GROUPS

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,6 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from facemask.errors import UserError
+from facemask.parent import die_with_parent
 
 
 def job_folder(overrides: list[str], number: int) -> str:
@@ -82,7 +84,15 @@ _WHOLE = (_integer(0), "a whole number of at least 0")
 _SWITCH = (lambda value: isinstance(value, bool), "true or false")
 
 # These may be null; any other key of VALUES needs a value.
-MAY_BE_NULL = {"data.fold", "model.depth", "teacher.weights", "trainer.max_epochs"}
+MAY_BE_NULL = {
+    "data.fold",
+    "model.depth",
+    "teacher.weights",
+    "threads",
+    "trainer.max_epochs",
+    "callbacks.last.every_n_train_steps",
+    "callbacks.last.every_minutes",
+}
 
 # key -> (test, what the value must be). A key that a user's own group does not have is not checked.
 VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -91,6 +101,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "augment.mixup_alpha": _NOT_NEGATIVE,
     "augment.cutmix_alpha": _NOT_NEGATIVE,
     "augment.seed": _WHOLE,
+    "augment.degrade": _SHARE,
     "data.batch_size": _COUNT,
     "data.num_workers": _WHOLE,
     "data.crop_pct": _SHARE_ABOVE_0,
@@ -106,6 +117,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.num_images": (_integer(20), "a whole number of at least 20"),
     "data.states": (lambda value: value in (2, 5), "2 (with or without mask) or 5 (how the mask is worn)"),
     "data.on_bad_file": (_one_of("error", "skip"), "error or skip"),
+    "data.cache": (_one_of("decoded", "none"), "decoded or none"),
     "data.max_pixels": _COUNT,
     "distill.alpha": _SHARE,
     "distill.base.alpha": _SHARE,
@@ -130,6 +142,9 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.patch_embed": (_one_of("linear", "efficientnet_lite0"), "linear or efficientnet_lite0"),
     "model.init": (_one_of("timm", "structured"), "timm or structured"),
     "resume": _SWITCH,
+    "threads": _COUNT,
+    "callbacks.last.every_n_train_steps": _COUNT,
+    "callbacks.last.every_minutes": _POSITIVE,
     "optim.lr": _POSITIVE,
     "optim.lr_batch_size": _COUNT,
     "optim.weight_decay": _NOT_NEGATIVE,
@@ -277,6 +292,57 @@ def _jobs(overrides: list[str], most: int = 200) -> Iterator[list[str]]:
     return map(list, itertools.islice(itertools.product(*choices), most))
 
 
+# What a config that is read back from a file may have built: classes and factories at a fixed depth, so that no name
+# leads through a module to something else (facemask.config.os.system).
+_MAY_BE_BUILT = re.compile(
+    r"facemask\.modeling\.[a-z]+\.([A-Z]\w*|build_\w+|warmup_\w+)"
+    r"|facemask\.data\.(datamodule|hub|transforms)\.[A-Z]\w*"
+    r"|facemask\.devices\.build_trainer|facemask\.runs\.(loggers|checkpoints)\.[A-Z]\w*|albumentations\.(pytorch\.)?[A-Z]\w*"
+    r"|pytorch_lightning\.(callbacks|loggers|profilers|strategies)\.[A-Z]\w*"
+    r"|torch\.optim\.(lr_scheduler\.)?[A-Z]\w*|timm\.(optim|scheduler)\.[A-Z]\w*"
+)
+
+
+def check_targets(config: Any, source: Path | str) -> None:
+    """Refuse a stored config that would build anything but models, data, optimizers and the like.
+
+    Args:
+        config: dictionaries and lists, as read from a file.
+        source: the file, for the sentence.
+
+    Raises:
+        UserError: names the first `_target_` that is not allowed, or an interpolation: it could become one.
+    """
+    if isinstance(config, str) and "${" in config:
+        raise UserError(f"{source} holds {config!r}, which a run never stores: configs are kept resolved")
+    if isinstance(config, dict):
+        target = config.get("_target_")
+        if target is not None and not (isinstance(target, str) and _MAY_BE_BUILT.fullmatch(target)):
+            raise UserError(f"{source} asks for {target!r}, which is never built from a file: use a file of train.py")
+        config = list(config.values())
+    if isinstance(config, list | tuple):
+        for part in config:
+            check_targets(part, source)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The config that a run folder or a record keeps.
+
+    Raises:
+        UserError: it is missing or damaged, or `check_targets` refuses it.
+    """
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): give the folder of a run") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{file} is not readable YAML (cut off or edited by hand?)") from error
+    if not isinstance(config, dict) or not {"model", "data"} <= config.keys():
+        raise UserError(f"{file} is no config of a run: give the folder of a run")
+    check_targets(config, file)
+    return config
+
+
 def as_plain(cfg: Any) -> Any:
     """Resolved plain dictionaries and lists: what checkpoints, run folders and hashes are made of."""
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True) if OmegaConf.is_config(cfg) else cfg
@@ -339,7 +405,10 @@ def job(task: Callable[[DictConfig], Any], cfg: DictConfig) -> None:
 def command(main: Callable[[], Any]) -> None:
     """Run a Hydra entry point; mistakes of the user end in one sentence and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions, not as text and exit code 1
+    die_with_parent()
     try:
+        if any(argument.startswith("hydra/sweeper=optuna") for argument in sys.argv):
+            raise UserError("Hydra's Optuna sweeper neither prunes nor resumes: use python sweep.py sweep=NAME")
         main()
     except Exception as error:
         stop(error)

@@ -24,22 +24,26 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from facemask.audit import baselines
 from facemask.config import as_plain, check, check_run_dir, distills, is_main_process
-from facemask.data.audit import majority_baseline, no_pixels_baseline
 from facemask.data.datamodule import ImageData
 from facemask.data.manifest import label_conflicts
-from facemask.data.splits import write_split
+from facemask.devices import set_threads
 from facemask.errors import UserError
 from facemask.evaluate import predict_splits
+from facemask.files import write_json, write_text
 from facemask.modeling.classifier import Classifier
 from facemask.modeling.teacher import TrainingSplit
 from facemask.runs import metrics as run_metrics
-from facemask.runs.folder import RunFolder, file_sha256, write_json
+from facemask.runs.checkpoints import checkpoint_facts, position, read_checkpoint, verify_checkpoint
+from facemask.runs.folder import RunFolder, file_sha256
 from facemask.runs.ledger import openings, record_opening
 from facemask.runs.loggers import Counter, Curves, WandbLogger
 from facemask.runs.predictions import read_predictions, write_predictions
-from facemask.runs.provenance import collect
+from facemask.runs.provenance import changes, collect
 from facemask.runs.report import DEGENERATE, run_report, terminal_table
+from facemask.runs.storage import PRUNED
+from facemask.trial import Report
 
 log = logging.getLogger(__name__)
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -64,29 +68,30 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
             wandb.finish(exit_code=1)  # or the next job of a multirun would log into this one's run
-        if is_main_process():
-            if not folder.status():
-                _remove_if_empty(folder.path)
-            elif folder.status()["state"] == "running" and folder.status()["pid"] == os.getpid():
-                folder.set_status(
-                    "killed" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed", error=str(error)
-                )
+        if folder.locked and folder.status().get("state") == "running":
+            folder.set_status(
+                "killed" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed", error=str(error)
+            )
         raise
+    finally:
+        folder.release()
 
 
 def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
-    check(cfg)
     main = is_main_process()
-    config = as_plain(cfg)
-    resuming = cfg.resume and (folder.path / "config.yaml").exists()
     if main:
         check_run_dir(folder.path, cfg.resume)
-        if resuming:
-            folder.resume(config)
-            if folder.status()["state"] == "finished":
-                _print_results(folder)
-                return json.loads((folder.path / "summary.json").read_text())
+        folder.lock()
+    check(cfg)
+    config = as_plain(cfg)
+    resuming = cfg.resume and (folder.path / "config.yaml").exists()
+    if main and resuming:
+        folder.resume(config)
+        if folder.status()["state"] == "finished":
+            _print_results(folder)
+            return json.loads((folder.path / "summary.json").read_text())
     cv2.setNumThreads(0)
+    set_threads(cfg.threads or (folder.provenance()["hardware"]["torch_threads"] if resuming else None))
     _quiet_lightning()
 
     # -- everything that can be wrong is found here, before the run folder is written
@@ -109,10 +114,14 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
         teacher_dims=spec.dims(data.classes) if spec else None,
     )
     curves, counter = Curves(folder.path / "curves.csv"), Counter()
-    callbacks = [*hydra.utils.instantiate(cfg.callbacks or {}).values(), counter]
-    provenance, diff = collect()
+    report = Report.from_environment()
+    callbacks = [*hydra.utils.instantiate(cfg.callbacks or {}).values(), counter, *report]
+    provenance, diff = collect(HydraConfig.get().overrides.task)
+    changed = changes(folder.provenance(), provenance) if resuming else []
     if main:
         _print_start(cfg, data, classifier, trainer, folder)
+        for note in _resumed_elsewhere(changed):
+            console.print(f"note      {note}")
     teacher = teacher_file = None
     if spec is not None:  # fitted once and kept
         teacher, teacher_file = spec.obtain(training_split(cfg, data), device, Path(cfg.cache_dir))
@@ -121,44 +130,57 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
 
     # -- the student
     if main and not resuming:
+        facts = data.table[["path", "label", "split", "group", "sha256", "bytes"]]
+        write_text(folder.path / "split.csv", facts.to_csv(index=False, lineterminator="\n"))
         folder.start(config, {**provenance, "seeds": _seeds(cfg), "fingerprint": data.fingerprint}, diff)
-        write_split(folder.path / "split.csv", data.table)
     loggers = _loggers(cfg, config, data, folder)
     trainer = _trainer(cfg, logger=[curves, *loggers], callbacks=callbacks, default_root_dir=folder.path)
     checkpoint = folder.last_checkpoint if resuming and folder.last_checkpoint.exists() else None
     if checkpoint is not None:
-        curves.continue_from(torch.load(checkpoint, "cpu", weights_only=True)["global_step"])
+        state = read_checkpoint(checkpoint)
+        curves.continue_from(state["global_step"])
+        data.resume_at = position(state)
     with _one_job(cfg):
         trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if not main:
         return None
+    if any(trial.pruned for trial in report):
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger.mark_pruned()
+        folder.set_status("pruned")
+        sys.exit(PRUNED)
     if teacher is not None and teacher.digest() != before:
         raise RuntimeError("the teacher changed while the student was trained")
 
     # -- from here on everything comes from the best checkpoint and the predictions it makes
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    student = Classifier.load_from_checkpoint(best or folder.last_checkpoint, map_location="cpu", weights_only=True)
+    reported = Path(best or folder.last_checkpoint)
+    verify_checkpoint(reported)
+    student = Classifier.load_from_checkpoint(reported, map_location="cpu", weights_only=True)
     opened = openings(Path(cfg.ledger), data.test_fingerprint)
     if "test" in cfg.evaluate.splits:
         opened = record_opening(Path(cfg.ledger), data.test_fingerprint, cfg.run_dir, provenance["command"])
     frame, timing = predict_splits(student, teacher, data, cfg.evaluate.splits, cfg.evaluate.batch_size, device)
-    frame = _with_baselines(frame, data, list(cfg.evaluate.splits), cfg.seed)
+    floor = baselines(data.table, list(cfg.evaluate.splits), Path(cfg.cache_dir))
+    frame = frame.merge(floor, on=["id", "split", "group", "label"], how="left", validate="one_to_one")
     write_predictions(folder.path / "predictions.parquet", frame, data.classes)
     frame, classes = read_predictions(folder.path / "predictions.parquet")
     numbers = run_metrics.evaluate(frame, classes, resamples=cfg.evaluate.resamples)
     write_json(folder.path / "metrics.json", numbers)
-    checkpoints = {file.name: file_sha256(file) for file in sorted((folder.path / "checkpoints").glob("*.ckpt"))}
+    checkpoints = {file.name: checkpoint_facts(file) for file in sorted((folder.path / "checkpoints").glob("*.ckpt"))}
     write_json(folder.path / "checkpoints.json", checkpoints)
     summary = {
         "name": folder.path.name if cfg.name == folder.path.name else f"{cfg.name} {folder.path.name}",
         "reported_head": student.reported_head,
+        "weights_sha256": checkpoints[reported.name]["weights_sha256"],
         "test_opened": opened,
         "data": _data_facts(data),
         "distillation": _distillation_facts(cfg, folder.path / "curves.csv", teacher_file) if teacher else {},
         "training": _training_facts(trainer, counter, classifier, data, numbers, timing),
-        "notes": _notes(cfg, data, classifier, best),
+        "notes": [*_notes(cfg, data, classifier, best), *_resumed_elsewhere(changed)],
     }
     write_json(folder.path / "summary.json", summary)
     run_report(folder.path, pictures=data.picture)
@@ -260,16 +282,6 @@ def _loggers(cfg: DictConfig, config: dict[str, Any], data: ImageData, folder: R
     return loggers
 
 
-def _with_baselines(frame: pd.DataFrame, data: ImageData, splits: list[str], seed: int) -> pd.DataFrame:
-    facts = ["id", "split", "group", "label"]
-    for baseline in (
-        majority_baseline(data.table, splits),
-        no_pixels_baseline(data.table, splits, seed),
-    ):
-        frame = frame.merge(baseline, on=facts, how="left", validate="one_to_one")
-    return frame
-
-
 def _seeds(cfg: DictConfig) -> dict[str, Any]:
     return {"run": cfg.seed, "augment": cfg.augment.get("seed"), "split": cfg.data.get("split_seed")}
 
@@ -358,12 +370,10 @@ def _notes(cfg: DictConfig, data: ImageData, classifier: Classifier, best: str) 
     return notes
 
 
-def _remove_if_empty(path: Path) -> None:
-    for folder in (path, path.parent):
-        try:
-            folder.rmdir()
-        except OSError:
-            return
+def _resumed_elsewhere(changed: list[str]) -> list[str]:
+    if not changed:
+        return []
+    return [f"Resumed with another {', '.join(changed[:5])} than at the start: the bits may not be those of one go."]
 
 
 def _quiet_lightning() -> None:
@@ -375,6 +385,7 @@ def _quiet_lightning() -> None:
         ".*does not have many workers.*",  # cached pixels make loading cheap
         ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs
         ".*in eval mode at the start of training.*",  # the hybrid's frozen CNN
+        ".*your dataloader is not resumable.*",  # the sampler leaves out what the epoch has had
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -422,4 +433,5 @@ def _print_results(folder: RunFolder) -> None:
         f"trained at {training['train_samples_per_second']:.0f} images/s for {training['train_runtime']:.0f} s "
         f"({training['precision']}), validation included"
     )
+    console.print(f"weights    sha256 {summary['weights_sha256']}")
     console.print(f"run folder {folder.path} (report.html, predictions.parquet, metrics.json)")

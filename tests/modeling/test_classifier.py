@@ -128,7 +128,7 @@ def digest(module: torch.nn.Module) -> str:
 
 
 class Watch(pl.Callback):
-    """Every logged value, by step and at the end of each epoch."""
+    """Every logged value, by step and after each epoch."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -137,7 +137,11 @@ class Watch(pl.Callback):
     def on_train_batch_end(self, trainer, *_) -> None:
         self.steps.append({key: value.item() for key, value in trainer.callback_metrics.items()})
 
-    def on_train_epoch_end(self, trainer, *_) -> None:
+    def on_train_epoch_start(self, trainer, *_) -> None:
+        if self.steps:
+            self.on_train_end(trainer)
+
+    def on_train_end(self, trainer, *_) -> None:
         self.epochs.append({key: value.item() for key, value in trainer.callback_metrics.items()})
 
 
@@ -149,7 +153,7 @@ def test_runs_in_a_plain_trainer_and_learns(data, tmp_path):
     trainer(tmp_path, 6, callbacks=[watch]).fit(module, data)
     assert len(watch.steps) == 6 * 3  # 28 pictures, batches of 8, the rest of 4 dropped
     assert watch.epochs[-1]["val/accuracy"] == 1.0
-    assert watch.epochs[-1]["train/loss"] < watch.epochs[0]["train/loss"]
+    assert watch.epochs[-1]["train/loss_epoch"] < watch.epochs[0]["train/loss_epoch"]
 
 
 def test_logged_names_and_sums_without_a_teacher(data, tmp_path):
@@ -158,13 +162,14 @@ def test_logged_names_and_sums_without_a_teacher(data, tmp_path):
     (end,) = watch.epochs
     both = [f"val/{metric}{suffix}" for metric in ("accuracy", "nll") for suffix in ("", "_head", "_head_dist")]
     losses = ["train/loss", "train/head_ce", "train/head_dist_ce"]  # of the last step, and their means over the epoch
-    assert end.keys() == {*(f"{name}{kind}" for name in losses for kind in ("", "_step", "_epoch")), *both}
+    assert end.keys() == {*(f"{name}{kind}" for name in losses for kind in ("_step", "_epoch")), *both}
     for name in losses:
         assert end[f"{name}_epoch"] == pytest.approx(
-            sum(step[name] for step in watch.steps) / len(watch.steps), abs=1e-6
+            sum(step[f"{name}_step"] for step in watch.steps) / len(watch.steps), abs=1e-6
         )
     for step in watch.steps:
-        assert step["train/loss"] == pytest.approx((step["train/head_ce"] + step["train/head_dist_ce"]) / 2, abs=1e-6)
+        parts = step["train/head_ce_step"], step["train/head_dist_ce_step"]
+        assert step["train/loss_step"] == pytest.approx(sum(parts) / 2, abs=1e-6)
 
 
 def test_logged_names_and_sums_with_features(data, tmp_path, teacher):
@@ -176,9 +181,9 @@ def test_logged_names_and_sums_with_features(data, tmp_path, teacher):
     named = {name.removesuffix("_step").removesuffix("_epoch") for name in watch.epochs[0] if name.startswith("train/")}
     assert named == {f"train/{name}" for name in [*parts, *shares, "loss"]}
     for step in watch.steps:
-        values = [step[f"train/{part}"] for part in parts]
+        values = [step[f"train/{part}_step"] for part in parts]
         expected = 0.5 * values[0] + 0.5 * values[1] + 0.5 * sum(values[2:])
-        assert step["train/loss"] == pytest.approx(expected, abs=1e-5)
+        assert step["train/loss_step"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_validation_metrics_are_those_of_the_validation_split(data, tmp_path):

@@ -1,13 +1,12 @@
-import json
 import os
-import subprocess
-import sys
 
 import pytest
+import torch
 import yaml
 
 from facemask.errors import UserError
-from facemask.runs.folder import RunFolder, file_sha256, write_text
+from facemask.files import write_text
+from facemask.runs.folder import RunFolder, file_sha256
 from facemask.runs.provenance import collect
 
 CONFIG = {"run_dir": "runs/a", "resume": False, "optim": {"lr": 0.1}, "callbacks": {"dirpath": "runs/a/checkpoints"}}
@@ -46,22 +45,29 @@ def test_a_run_with_another_config_is_not_resumed(tmp_path):
         folder.resume({**CONFIG, "optim": {"lr": 0.2}})
 
 
-def test_a_live_run_is_not_resumed_and_a_killed_one_is(tmp_path):
+def test_resuming_removes_half_written_files_and_keeps_the_id(tmp_path):
     folder = started(tmp_path)
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    status = {**folder.status(), "pid": process.pid}
-    (folder.path / "status.json").write_text(json.dumps(status))
-    with pytest.raises(UserError, match=f"is still running \\(process {process.pid}\\)"):
-        folder.resume(CONFIG)
-    process.kill()
-    process.wait()
+    before = folder.status()
+    (folder.path / "checkpoints").mkdir()
+    for name in (".curves.csv.k3x_1a", ".lock", "checkpoints/last.ckpt.tmp", "checkpoints/best.ckpt"):
+        (folder.path / name).touch()
     folder.resume(CONFIG)
-    assert folder.status()["pid"] == os.getpid()
-    assert folder.status()["id"] == status["id"]
+    left = sorted(str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file())
+    assert left == [".lock", "checkpoints/best.ckpt", "config.yaml", "provenance.json", "status.json"]
+    assert folder.status()["id"] == before["id"]
+    assert folder.status()["state"] == "running"
 
 
-def test_provenance_names_code_versions_and_hardware():
-    provenance, diff = collect()
+def test_provenance_names_code_versions_and_hardware(monkeypatch):
+    monkeypatch.setenv("FACEMASK_DATA", "/mnt/somebody/pictures")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("HOME", "/mnt/somebody")
+    provenance, diff = collect(["model=vit", "seed=1"])
+    assert provenance["overrides"] == ["model=vit", "seed=1"]
+    assert provenance["environment"]["OMP_NUM_THREADS"] == "3"
+    assert provenance["environment"]["FACEMASK_DATA"] == "set"
+    assert "somebody" not in str(provenance["environment"])
+    assert provenance["hardware"]["capability"] == torch.backends.cpu.get_cpu_capability()
     assert len(provenance["git"]["commit"]) == 40
     assert provenance["git"]["dirty"] == bool(diff or provenance["git"]["untracked"])
     assert provenance["versions"]["timm"].startswith("1.")

@@ -72,6 +72,8 @@ class Classifier(pl.LightningModule):
         watched = [*self.heads, "mean"] if len(self.heads) > 1 else self.heads
         self.val_accuracy: Any = nn.ModuleDict({h: MulticlassAccuracy(len(classes), average="micro") for h in watched})
         self.val_nll: Any = nn.ModuleDict({h: MeanMetric() for h in watched})
+        # name -> (sum over the images of this epoch, images); in checkpoints, so that an epoch can be gone on with.
+        self._sums: dict[str, Tensor] = {}
 
     def attach_teacher(self, teacher: Teacher, folds: Tensor) -> None:
         """Give the objective its teacher.
@@ -99,6 +101,11 @@ class Classifier(pl.LightningModule):
         model = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["model"]
         start = {key: value for key, value in {"pretrained": False, "checkpoint": None}.items() if key in model}
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["model"] = {**model, **start}
+        of_ranks: dict[str, Any] = {name: self.all_gather(total) for name, total in self._sums.items()}
+        checkpoint["epoch_sums"] = {name: total.reshape(-1, 2) for name, total in of_ranks.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._sums = {name: of_ranks[self.global_rank] for name, of_ranks in checkpoint.get("epoch_sums", {}).items()}
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -117,8 +124,9 @@ class Classifier(pl.LightningModule):
         outputs = self.backbone(batch["pixels"])
         losses = self.objective(outputs, batch["target"], teacher)
         size = len(batch["pixels"])
-        named = {f"train/{name}": loss for name, loss in losses.items()}
-        self.log_dict(named, on_step=True, on_epoch=True, sync_dist=True, batch_size=size)
+        steps = {f"train/{name}_step": loss for name, loss in losses.items()}
+        self.log_dict(steps, on_step=True, on_epoch=False, sync_dist=True, batch_size=size)
+        self._add({f"train/{name}_epoch": loss for name, loss in losses.items()}, size)
         if teacher is not None:
             self._watch_teacher(outputs, batch["target"], teacher)
         return losses["loss"]
@@ -138,8 +146,17 @@ class Classifier(pl.LightningModule):
             "teacher_entropy": -(log_p.exp() * log_p).sum(dim=1).mean(),
             "student_teacher_agreement": (student == decision).float().mean(),
         }
-        shares = {f"train/{name}": value for name, value in shares.items()}
-        self.log_dict(shares, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(target))
+        self._add({f"train/{name}": value for name, value in shares.items()}, len(target))
+
+    def _add(self, means: dict[str, Tensor], size: int) -> None:
+        for name, mean in means.items():
+            total = torch.stack([mean.detach().double() * size, torch.full_like(mean, size, dtype=torch.float64)])
+            self._sums[name] = self._sums[name].to(total.device) + total if name in self._sums else total
+
+    def on_train_epoch_end(self) -> None:
+        for name, (total, images) in self._sums.items():
+            self.log(name, total / images, sync_dist=True)
+        self._sums = {}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits = self(batch["pixels"])

@@ -372,9 +372,11 @@ def _fit_feature_scales(
 def _fit_linear_head(teacher: Teacher, fold: int, pooled: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
     """Multinomial logistic regression (scikit-learn, L2, C=0.1) on standardised features, folded into one layer."""
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     mean, std = pooled.mean(axis=0), pooled.std(axis=0) + 1e-3
-    model = LogisticRegression(C=0.1, max_iter=2000, tol=1e-6).fit((pooled - mean) / std, labels)
+    with threadpool_limits(1):  # the bits do not depend on the number of threads
+        model = LogisticRegression(C=0.1, max_iter=2000, tol=1e-6).fit((pooled - mean) / std, labels)
     weight, bias = model.coef_, model.intercept_
     if num_classes == 2:  # one row for class 1: the two logits of a softmax are minus and plus half of it
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from facemask.runs.folder import write_text
+from facemask.files import write_text
 from facemask.runs.metrics import losses
 from facemask.runs.predictions import logits
 
@@ -51,19 +51,21 @@ class Curves(Logger):
 
     @rank_zero_only
     def continue_from(self, step: int) -> None:
-        """Read the rows up to a step back."""
+        """Read the rows before a step back, digit for digit."""
         if self.path.exists():
-            stored = pd.read_csv(self.path, dtype=object).to_dict("records")
-            kept = [{str(k): v for k, v in row.items() if v == v} for row in stored if int(row["step"]) < step]
-            self.rows = {int(row["step"]): {**row, "step": int(row["step"])} for row in kept}
+            with self.path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+            self.rows = {int(row["step"]): {name: value for name, value in row.items() if value} for row in kept}
 
     @rank_zero_only
     def save(self) -> None:
         """Write the file where an epoch has ended since; Lightning calls this after every logged step."""
         if self._epoch_ended:
-            self._write()
+            self.write()
 
-    def _write(self) -> None:
+    @rank_zero_only
+    def write(self) -> None:
+        """Write the file."""
         self._epoch_ended = False
         if not self.rows:
             return
@@ -76,7 +78,7 @@ class Curves(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self._write()
+        self.write()
 
 
 class Counter(pl.Callback):
@@ -88,7 +90,8 @@ class Counter(pl.Callback):
         self._since = time.monotonic()
 
     def state_dict(self) -> dict[str, float]:
-        return {**self.counts, "seconds": self.counts["seconds"] + time.monotonic() - self._since}
+        seconds = self.counts["seconds"] + time.monotonic() - self._since
+        return {**self.counts, "loss": float(self.counts["loss"]), "seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         self.counts = dict(state_dict)
@@ -105,9 +108,6 @@ class Counter(pl.Callback):
         # Lightning has divided it by the number of batches that share an optimizer step.
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
         self.counts["loss"] = self.counts["loss"] + loss
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.counts["loss"] = float(self.counts["loss"])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.counts = self.state_dict()
@@ -127,6 +127,15 @@ class WandbLogger(pl.loggers.WandbLogger):
         super().__init__(offline=mode != "online", mode=mode, **arguments)
         self._wandb_init.pop("anonymous", None)  # Lightning passes it, and W&B warns of it
         self.log_images = log_images
+
+    @rank_zero_only
+    def mark_pruned(self) -> None:
+        """Say in tags and summary that a sweep ended the run early; then finish it."""
+        import wandb
+
+        self.experiment.tags = (*(self.experiment.tags or ()), "pruned")
+        self.experiment.summary["pruned"] = True
+        wandb.finish()
 
     @rank_zero_only
     def log_results(

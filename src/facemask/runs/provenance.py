@@ -3,24 +3,31 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# Variables of the environment that change numbers or the hardware that is seen.
+NUMERIC = re.compile(r"(OMP|MKL|OPENBLAS|GOMP|KMP|ONEDNN|DNNL|ATEN|CUBLAS|CUDNN|CUDA|NVIDIA|NCCL|TORCH|PYTORCH)_\w+")
+PLACES = ("FACEMASK_DATA", "FACEMASK_CACHE")
 
-def collect() -> tuple[dict[str, Any], str]:
-    """Provenance of this process, and the uncommitted changes of the code it runs ("" if there are none)."""
+
+def collect(overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """Provenance of this process, and the uncommitted changes of the code it runs ("" if there are none).
+
+    Args:
+        overrides: Hydra's, of this job alone (`command` names all jobs of a multirun).
+    """
     import torch
 
-    code = Path(__file__).resolve().parent
-    commit = _git(code, "rev-parse", "HEAD").strip()
-    diff = _git(code, "diff", "HEAD")
-    untracked = _git(code, "ls-files", "--others", "--exclude-standard").split()
+    software, diff = code_and_versions()
     provenance = {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "git": {"commit": commit or None, "dirty": bool(diff or untracked), "untracked": untracked},
+        "overrides": list(overrides),
         "hardware": {
             "processor": _processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),
@@ -28,10 +35,41 @@ def collect() -> tuple[dict[str, Any], str]:
             "torch_threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         },
+        "environment": {
+            **{name: value for name, value in sorted(os.environ.items()) if NUMERIC.fullmatch(name)},
+            **{name: "set" for name in PLACES if name in os.environ},
+        },
+        **software,
+    }
+    return provenance, diff
+
+
+def code_and_versions() -> tuple[dict[str, Any], str]:
+    """The part of the provenance that needs no torch (git, platform, versions), and the uncommitted changes."""
+    root = Path(__file__).resolve().parents[3]
+    commit = _git(root, "rev-parse", "HEAD").strip()
+    trees = _git(root, "rev-parse", "HEAD:src", "HEAD:conf", "HEAD:train.py").split()
+    # records and their tables are no code: they are written after a run, and tell nothing about the next
+    diff = _git(root, "diff", "--binary", "HEAD", "--", ":/", ":/!experiments")
+    untracked = _git(root, "ls-files", "--others", "--exclude-standard", "--", "src", "conf", "*.py").splitlines()
+    diff += "".join(_git(root, "diff", "--binary", "--no-index", "--", "/dev/null", name) for name in untracked)
+    software = {
+        # trees: hashes of the code alone, which a later commit of something else leaves as they are
+        "git": {"commit": commit or None, "trees": trees, "dirty": bool(diff), "untracked": untracked},
         "platform": {"system": platform.platform(), "python": platform.python_version()},
         "versions": dict(sorted((dist.metadata["Name"], dist.version) for dist in importlib.metadata.distributions())),
     }
-    return provenance, diff
+    return software, diff
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two provenances and can change the bits of a run."""
+    hardware = ("processor", "capability", "torch_threads", "gpus")
+    named = [key for key in hardware if before["hardware"][key] != now["hardware"][key]]
+    if before["git"]["commit"] != now["git"]["commit"]:
+        named.append("commit")
+    versions = before["versions"], now["versions"]
+    return named + sorted(name for name in versions[0] | versions[1] if versions[0].get(name) != versions[1].get(name))
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -39,7 +77,7 @@ def _git(folder: Path, *arguments: str) -> str:
         result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return ""
-    return result.stdout if result.returncode == 0 else ""
+    return result.stdout if result.returncode in (0, 1) else ""  # 1: a diff that is not empty
 
 
 def _processor() -> str:
