@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint types clean
+.PHONY: help train test test-all soak soak-sweep reproduce lint types clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,17 @@ test: $(VENV)/installed ## The fast tests
 
 test-all: $(VENV)/installed ## All tests
 	$(TEST)
+
+soak: $(VENV)/installed ## Kill runs at 20 random moments, resume them, compare every bit (SEED=1 gives other moments)
+	$(BIN)/python tests/soak.py 20 $(or $(SEED),0)
+
+soak-sweep: $(VENV)/installed ## Kill workers and drivers of a sweep of naps at 60 random moments, count its 30 trials
+	$(BIN)/python tests/sweeping.py soak 60 $(or $(SEED),0)
+
+reproduce: $(VENV)/installed ## Check every record and the tables made of them, and train the small one again
+	$(BIN)/facemask report --check
+	$(BIN)/facemask reproduce --all
+	$(BIN)/facemask reproduce smoke --tier train || [ $$? -eq 3 ] # 3: drift, on another kind of machine
 
 lint: $(VENV)/installed ## Style
 	$(BIN)/ruff check .

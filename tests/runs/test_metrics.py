@@ -11,7 +11,7 @@ from sklearn.metrics import brier_score_loss, precision_recall_fscore_support
 from facemask.errors import UserError
 from facemask.runs.metrics import (
     SCALARS,
-    _Scalars,
+    Scalars,
     confusion_matrix,
     evaluate,
     losses,
@@ -108,7 +108,7 @@ def test_a_drawn_group_counts_as_if_its_pictures_were_repeated():
     logits, labels = np.round(rng.normal(size=(n, classes)), 1), rng.integers(0, classes, n)
     group = np.concatenate([np.arange(trials), rng.integers(0, trials, n - trials)])
     draws = rng.multinomial(trials, np.full(trials, 1 / trials), size=5)
-    found = _Scalars(logits, labels, group)(draws.astype(float))
+    found = Scalars(logits, labels, group)(draws.astype(float))
     for b, row in enumerate(draws):
         repeated = np.repeat(np.arange(n), row[group])
         expected = values(logits[repeated], labels[repeated], resamples=2)

@@ -71,7 +71,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     write_predictions(path, table(), CLASSES)
     before = path.read_bytes()
 
-    def fail(table, file):
+    def fail(table, file, **options):
         file.write(b"half")
         raise OSError("no space left on device")
 

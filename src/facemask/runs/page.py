@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from facemask.files import write_text
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
 
 Cell = str | int | float | bool | None
 
@@ -94,6 +96,11 @@ def format_cell(value: Cell) -> str:
     if isinstance(value, float | np.floating):
         return f"{value:.4g}"
     return str(value)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, its first column to the left."""
+    return ["| " + " | ".join(row) + " |" for row in (columns, ["---", *["---:"] * (len(columns) - 1)], *rows)]
 
 
 def _is_number(text: str) -> bool:
@@ -185,10 +192,32 @@ class Page:
 
     def write(self, path: Path) -> Path:
         """Write the page, whole or not at all."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(self.render(), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, self.render())
         return path
+
+
+def show(page: Page, console: "Console", rows: int | None = None) -> None:
+    """Print a page's text and tables, of these at most ``rows`` rows."""
+    from rich import box
+    from rich.padding import Padding
+    from rich.table import Table
+
+    console.print(f"{page.title}: {page.lead}", style="bold")
+    for block in page.blocks:
+        if block["kind"] == "heading":
+            console.print(f"\n{block['text']}", style="bold")
+        elif block["kind"] == "note":
+            console.print(Padding(f"! {block['text']}", (0, 0, 0, 2)), style="yellow")
+        elif block["kind"] == "text":
+            console.print(Padding(block["text"], (0, 0, 0, 2)))
+        elif block["kind"] == "table":
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=bool(block["columns"]))
+            for name, right in zip(block["columns"] or block["right"], block["right"], strict=True):
+                table.add_column(str(name), justify="right" if right else "left", overflow="fold")
+            for row in block["rows"][:rows]:
+                table.add_row(*row)
+            console.print(Padding(table, (0, 0, 0, 2)))
+            if rows is not None and len(block["rows"]) > rows:
+                console.print(Padding(f"and {len(block['rows']) - rows} more on the page", (0, 0, 0, 2)))
+            if block["caption"]:
+                console.print(Padding(block["caption"], (0, 0, 1, 2)), style="dim")

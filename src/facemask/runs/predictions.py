@@ -4,8 +4,8 @@ Columns: ``id`` (path relative to the data root), ``split``, ``group``, ``label`
 head ``logit/<head>/<class>`` in float32. The order of the classes is kept in the Parquet schema's metadata.
 """
 
+import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from facemask.errors import UserError
+from facemask.files import write_bytes
 
 KEY = b"facemask"
 COLUMNS = ["id", "split", "group", "label"]
@@ -104,15 +105,16 @@ def write_predictions(path: Path, frame: pd.DataFrame, classes: Sequence[str]) -
     table = pa.Table.from_pandas(frame, preserve_index=False)
     note = json.dumps({"classes": list(classes)}).encode()
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), KEY: note})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=["split", "label"],
+        use_byte_stream_split=[name for name in frame.columns if name.startswith("logit/")],
+    )
+    write_bytes(path, buffer.getvalue())
 
 
 def read_predictions(path: Path) -> tuple[pd.DataFrame, list[str]]:
