@@ -56,7 +56,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def run_all(cases: dict[str, list[str]], tmp_path: Path, *options: str) -> dict[str, dict[str, Any]]:
     given = {
-        name: [*arguments, f"cache_dir={tmp_path / 'cache'}"]
+        name: [f"cache_dir={tmp_path / 'cache'}", *arguments]
         + (
             []
             if any("run_dir=" in a or "run.dir=" in a for a in arguments)
@@ -97,6 +97,7 @@ CONFIG: dict[str, tuple[list[str], str]] = {
     "no token soft": (["model=vit", "distill=soft"], r"vit_tiny_patch16_224 has none: .* or distill=logit"),
     "no token feature": (["model=deit", "distill=feature"], r"distill/base=logit"),
     "token": (["distill=logit"], r"deit_tiny_distilled_patch16_224 has one: choose distill=soft, or model=deit"),
+    "two sizes": (["data.img_size=32"], r"data\.img_size=32 and model\.img_size=64 differ: set model\.img_size"),
     "patch": (["model.img_size=65"], r"model\.img_size=65 is not a multiple of the patch size 16: choose 64 or 80"),
     "patch below": (["model.img_size=8"], r"choose 16 or 32"),
     "patch hybrid": (["model.patch_embed=efficientnet_lite0", "model.img_size=48"], r"choose 32 or 64"),
@@ -286,7 +287,7 @@ FILES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "bad pictures": (
         damaged,
-        r"1 picture\(s\) cannot be used: b/5\.png \(not a JPEG, PNG, WEBP or GIF picture\); mend",
+        r"2 picture\(s\) cannot be used: a/3\.png \(truncated\); b/5\.png \(not a JPEG, PNG, WEBP or GIF picture\)",
     ),
     "cache unwritable": (
         lambda _: [*DRAWN, f"cache_dir={Path(__file__)}/cache"],

@@ -33,6 +33,8 @@ CONF = Path(__file__).parents[2] / "conf"
 BATCH = 64
 SIDE = 224
 AUGMENTS = ("light", "vit", "deit")
+LIBRARIES = {"torch", "torchvision", "albumentations", "opencv-python-headless", "pillow", "numpy", "facemask"}
+LIBRARIES |= {"faiss-cpu", "imagehash"}
 # What is asked of loading: ours is at least so many times as fast.
 NEEDED = {"torchvision": 3.0, "albumentations": 2.0}
 
@@ -94,26 +96,33 @@ def bench_data(root: Path | None, rounds: int, pictures: int, out: Path) -> Path
                 {"augment": augment, "against": name, "ours_per_s": rates[0], "other_per_s": rates[1], **result}
             )
         steps[augment] = _steps(data, min(pictures, len(data.rows("train"))))
-    provenance, _ = collect()
-    wanted = ("torch", "torchvision", "albumentations", "opencv-python-headless", "pillow", "numpy", "facemask")
-    versions = {name: version for name, version in provenance["versions"].items() if name.lower() in wanted}
     content = {
         "command": f"facemask bench data --rounds {rounds} --pictures {pictures}",
         "source": "a folder" if root else "drawn faces",
         "median_size": [int(data.table[side].median()) for side in ("width", "height")],
         "pictures_per_round": batches * BATCH,
         "rounds": rounds,
-        "load_average": os.getloadavg()[0],
         "comparisons": comparisons,
         "milliseconds_per_picture": steps,
+    }
+    file = write_result(content, "data", out)
+    _print(content)
+    return file
+
+
+def write_result(content: dict[str, Any], name: str, out: Path) -> Path:
+    """Write figures, and on what they were measured, to out/bench/<machine kind>/<name>.json."""
+    provenance, _ = collect()
+    versions = {name: version for name, version in provenance["versions"].items() if name.lower() in LIBRARIES}
+    measured_on = {
+        "load_average": os.getloadavg()[0],
         "hardware": provenance["hardware"],
         "versions": versions,
         "git": provenance["git"]["commit"],
     }
-    file = out / "bench" / machine_kind(provenance["hardware"]) / "data.json"
+    file = out / "bench" / machine_kind(provenance["hardware"]) / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, content)
-    _print(content)
+    write_json(file, content | measured_on)
     return file
 
 

@@ -210,6 +210,35 @@ def bench_data(
     typer.echo(f"written {run_bench(root, rounds, pictures, out)}")
 
 
+@bench.command("scan")
+def bench_scan(
+    sizes: Annotated[str, typer.Option(help="How many pictures to make and scan.")] = "1000,4000,16000",
+    out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/scan.json.")] = Path("experiments"),
+) -> None:
+    """A first and a second scan of made pictures, and which of their copies are found."""
+    from facemask.bench_scan import bench_scan as run_bench
+
+    counts = sizes.split(",")
+    if not all(count.isdecimal() and int(count) >= 2 for count in counts):
+        raise UserError(f"--sizes {sizes}: give whole numbers from 2 with commas between them")
+    typer.echo(f"written {run_bench([int(count) for count in counts], out)}")
+
+
+@bench.command("duplicates")
+def bench_duplicates(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="One sub-folder of pictures per class.")],
+    reference: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="CSV or Parquet with path and the true dup_group.")
+    ],
+    thorough: Annotated[bool, typer.Option("--thorough", help="As in facemask data scan; both are measured.")] = False,
+    out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/duplicates.json.")] = Path("experiments"),
+) -> None:
+    """Precision and recall of the search for near-duplicates, pair by pair, and its seconds."""
+    from facemask.bench_scan import bench_duplicates as run_bench
+
+    typer.echo(f"written {run_bench(root, reference, thorough, out)}")
+
+
 Manifest = Annotated[
     Path | None, typer.Option(help="CSV or Parquet with path, dup_group and any columns, instead of an own search.")
 ]

@@ -206,6 +206,10 @@ def check(cfg: DictConfig) -> None:
             "choose distill=soft, or model=deit"
         )
 
+    if cfg.data.img_size != cfg.model.img_size:
+        raise UserError(
+            f"data.img_size={cfg.data.img_size} and model.img_size={cfg.model.img_size} differ: set model.img_size"
+        )
     patch = re.search(r"patch(\d+)", name)
     step = 32 if cfg.model.patch_embed != "linear" else int(patch.group(1)) if patch else 1
     if cfg.model.img_size % step:

@@ -290,6 +290,10 @@ def _compose(run: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, boo
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", list(overrides))
+        if not own and "data.img_size" in given and cfg.data.img_size != run.data.img_size:
+            raise UserError(
+                f"data.img_size={cfg.data.img_size}: the run's model sees pictures of {run.data.img_size} px"
+            )
         check(cfg)
         for key in ("ledger", *OPTIONS[:3], *(() if own else ("data.img_size", "data.crop_pct"))):
             if key not in given:
@@ -297,8 +301,6 @@ def _compose(run: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, boo
         as_plain(cfg.data)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(user_sentence(error) or str(error)) from error
-    if not own and cfg.data.img_size != run.data.img_size:
-        raise UserError(f"data.img_size={cfg.data.img_size}: the run's model sees pictures of {run.data.img_size} px")
     return cfg, own
 
 

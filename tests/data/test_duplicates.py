@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from facemask.data.duplicates import components, find_pairs, same_picture, thumbnail
-from facemask.data.geometry import accepted, confirm
+from facemask.data.geometry import Agreement, agreement, candidates, confirm, describe, join, mirrored
 from facemask.data.images import decode
 from facemask.data.synthetic import synthetic_files
 
@@ -105,12 +105,30 @@ def test_components() -> None:
     assert len(set(components(4, np.empty((0, 2), dtype=np.int64)))) == 4
 
 
-@pytest.mark.parametrize(
-    ("inliers", "correlation", "expected"),
-    [(11, 1.0, False), (12, 0.92, True), (12, 0.91, False), (30, 0.75, True), (29, 0.75, False), (200, 0.64, False)],
-)
-def test_rules_of_stage_two(inliers: int, correlation: float, expected: bool) -> None:
-    assert accepted(inliers, correlation) is expected
+def test_three_likely_pairs_join_two_groups() -> None:
+    sure = np.array([[0, 1], [2, 3], [4, 5]])
+    likely = np.array([[0, 2], [0, 3], [1, 2], [3, 4], [3, 5]])
+    assert join(6, sure, likely[:2]).tolist() == [0, 0, 1, 1, 2, 2]
+    assert join(6, sure, likely).tolist() == [0, 0, 0, 0, 1, 1]
+    # Once they are one group, their links to a third are counted together.
+    assert len(set(join(6, sure, np.array([[0, 2], [0, 3], [1, 2], [3, 4], [3, 5], [1, 4]])))) == 1
+    assert join(2, np.empty((0, 2), dtype=np.int64), np.empty((0, 2), dtype=np.int64)).tolist() == [0, 1]
+
+
+def test_the_mirrored_view_is_that_of_the_mirrored_picture() -> None:
+    face = decode(next(synthetic_files(2, 3, workers=0)).content)
+    flipped = describe(np.ascontiguousarray(face[:, ::-1]))
+    inliers, correlation, spread = agreement(mirrored(describe(face)), flipped)
+    assert inliers >= 0.7 * min(len(flipped.points), 200)
+    assert correlation > 0.99
+    assert 0.1 < spread < 0.5
+    assert agreement(describe(face), flipped)[:2] < (inliers // 2, 1.0)
+    assert agreement(describe(np.full((50, 40, 3), 9, dtype=np.uint8)), flipped) == Agreement(0, 0.0, 0.0)
+
+
+def test_candidates_are_the_nearest_by_angle() -> None:
+    vectors = np.array([[1, 0], [5, 0.1], [0, 1], [0, 0]], dtype=np.float32)
+    assert candidates(vectors).tolist() == [[0, 1]]
 
 
 def test_rotated_and_noisy_copies_are_confirmed() -> None:
@@ -123,7 +141,7 @@ def test_rotated_and_noisy_copies_are_confirmed() -> None:
         np.clip(faces[1][:, ::-1] + noise, 0, 255).astype(np.uint8),
     ]
     pairs = np.array([[0, 4], [1, 5], [0, 1], [2, 3], [1, 4], [3, 5]])
-    assert confirm(pairs, lambda row: faces[row]).tolist() == [[0, 4], [1, 5]]
+    assert sorted(confirm(pairs, lambda row: faces[row])[0].tolist()) == [[0, 4], [1, 5]]
 
 
 @pytest.mark.slow

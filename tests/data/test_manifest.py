@@ -14,15 +14,14 @@ from facemask.data.images import decode
 from facemask.data.manifest import (
     COLUMNS,
     MANIFEST_COLUMNS,
-    collect,
     join_groups,
     label_conflicts,
     load_manifest,
-    match,
     near_conflicts,
     scan,
     scan_folder,
 )
+from facemask.data.store import collect
 from facemask.data.synthetic import synthetic_bytes
 from facemask.errors import UserError
 
@@ -372,9 +371,27 @@ def test_join_groups() -> None:
     assert join_groups(table, ["dup", "person"]).tolist() == ["2", "2", "2", "1", "z"]
 
 
-def test_match(faces: Path, tmp_path: Path) -> None:
-    other = write(tmp_path / "other", {"x/7.jpg": face(3, 50, mirror=True), "y/8.jpg": face(8)})
-    pairs = match(
-        faces, ["a/1.jpg", "b/3\n.jpg", "b/ü.JPG"], other, ["x/7.jpg", "y/8.jpg"], cache_dir=tmp_path / "cache"
+def test_a_quick_scan_does_not_replace_a_thorough_one(faces: Path, tmp_path: Path) -> None:
+    def embed(pictures: list[np.ndarray]) -> np.ndarray:
+        return np.stack([np.array(Image.fromarray(rgb).resize((8, 8)), dtype=np.float32).ravel() for rgb in pictures])
+
+    pixels = decode((faces / "a/2.jpg").read_bytes())
+    turned = Image.fromarray(pixels).rotate(20, Image.Resampling.BICUBIC)
+    turned.save(faces / "b/2 turned.png")
+    cache = tmp_path / "cache"
+    quick = scan(faces, tmp_path / "quick.csv", cache_dir=cache).set_index("path")["dup_group"]
+    assert quick["a/2.jpg"] != quick["b/2 turned.png"]
+    thorough = scan(faces, cache_dir=cache, thorough=True, embed=embed)
+    assert thorough.set_index("path")["dup_group"].loc[["a/2.jpg", "b/2 turned.png"]].nunique() == 1
+    assert near_conflicts(thorough)["path"].tolist() == sorted(
+        ["a/1.jpg", "b/copy of 1.jpg", "a/2.jpg", "b/2 turned.png"],
+        key=lambda path: (thorough.set_index("path")["dup_group"][path], path),
     )
-    assert pairs.to_numpy().tolist() == [["b/3\n.jpg", "x/7.jpg"]]
+    before = (faces / "manifest.csv").read_bytes()
+    with pytest.raises(UserError, match=r"manifest\.csv was written with --thorough; repeat --thorough"):
+        scan(faces, cache_dir=cache)
+    assert (faces / "manifest.csv").read_bytes() == before
+    scan(faces, cache_dir=cache, thorough=True, embed=embed)
+    assert (faces / "manifest.csv").read_bytes() == before
+    # Training takes the groups of the thorough manifest.
+    assert load_manifest(faces, cache_dir=cache)["dup_group"].tolist() == thorough["dup_group"].tolist()

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from facemask.data import duplicates, faces, splits, synthetic
 from facemask.data.cache import Files, Pixels, open_cache, writing
 from facemask.data.images import centre_crop, decode
-from facemask.data.manifest import load_manifest, scan_folder, store_of, thumbnails
+from facemask.data.manifest import load_manifest, scan_folder, store_of
+from facemask.data.store import thumbnails
 from facemask.data.transforms import Augmentation, Mix, apply_mix, epoch_order
 from facemask.errors import UserError
 from facemask.files import build_folder

@@ -6,6 +6,7 @@ correlation (Evangelidis & Psarakis 2008), correlate both as they are and in the
 are merely alike agree in the large and differ in the small.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -91,6 +92,7 @@ def components(count: int, pairs: np.ndarray) -> np.ndarray:
 
 def index(vectors: np.ndarray) -> "faiss.IndexHNSWFlat":  # type: ignore[name-defined]  # noqa: F821
     """Graph index (HNSW) of float32 (N, D), squared distances; built in one thread, so that it is always the same."""
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # tells which build of itself it could not find
     import faiss
 
     graph = faiss.IndexHNSWFlat(vectors.shape[1], 16)

@@ -1,110 +1,155 @@
 """Stage 2 of the search for near-duplicates: rotated, cropped, noisy and edited copies.
 
-Candidates are nearest neighbours by embedding; a pair counts if its SIFT keypoints (Lowe 2004) fit one similarity
-transform and the pictures, laid over each other by it, correlate.
+Candidates are nearest neighbours by embedding; a pair is judged by its SIFT keypoints (Lowe 2004) that fit one
+similarity transform, by how far they spread over the picture (captions and logos are the same on many photographs, but
+small), and by how the pictures correlate, laid over each other.
 """
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from facemask.data.duplicates import index
+from facemask.data.duplicates import components, index
 
 NEIGHBOURS = 10
-# A pair counts from so many keypoints that fit on, with at least this correlation: few keypoints can agree by chance,
-# many can on different photographs before one background.
-RULES = ((12, 0.92), (20, 0.85), (30, 0.75), (50, 0.65))
-_SIDE = 256
-_KEYPOINTS = 400
+# Least cosine of two embeddings: all but a hundredth of the pairs lie above it.
+MIN_COSINE = 0.6
+# (keypoints that fit, correlation, spread) from which a pair counts by itself, or only as one of several.
+SURE, LIKELY = (12, 0.85, 0.12), (11, 0.5, 0.1)
+# Two groups are joined by so many likely pairs between them, or more.
+LINKS = 3
+_SIDE = 240
+_KEYPOINTS = 500
 _RATIO = 0.8
 _CHUNK = 1024
+_KEPT = 4096  # pictures whose keypoints are in memory: about half a gigabyte
+# A mirrored patch has the rows of its 4 x 4 x 8 descriptor, and the sense of the 8 directions, reversed.
+_MIRRORED = np.arange(128).reshape(4, 4, 8)[::-1][:, :, -np.arange(8) % 8].ravel()
 
 
 class View(NamedTuple):
-    """Grey picture (longer side 256), its keypoints (K, 2) and their descriptors uint8 (K, 128)."""
+    """Grey picture (of about 240 x 240 pixels), its keypoints (K, 2) and their descriptors uint8 (K, 128)."""
 
     grey: np.ndarray
     points: np.ndarray
     descriptors: np.ndarray
 
 
+class Agreement(NamedTuple):
+    """Number of keypoints that fit the best similarity transform, correlation of the pictures where they overlap, and
+    standard deviation of these keypoints along the narrower way, as a share of the picture's side."""
+
+    inliers: int
+    correlation: float
+    spread: float
+
+
 def candidates(embeddings: np.ndarray) -> np.ndarray:
     """int64 (P, 2): rows i < j of float32 (N, D), one among the 10 nearest of the other by angle."""
     vectors = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-9)
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-    _, near = index(vectors).search(vectors, NEIGHBOURS + 1)
-    pairs = np.column_stack([np.repeat(np.arange(len(vectors)), near.shape[1]), near.ravel()])
-    pairs = pairs[(pairs[:, 1] >= 0) & (pairs[:, 0] != pairs[:, 1])]
-    return np.unique(np.sort(pairs, axis=1), axis=0)
+    distance, near = index(vectors).search(vectors, NEIGHBOURS + 1)
+    close = (near >= 0) & (distance <= 2 - 2 * MIN_COSINE)
+    pairs = np.column_stack([np.nonzero(close)[0], near[close]])
+    return np.unique(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1), axis=0)
 
 
 def confirm(
     pairs: np.ndarray, picture: Callable[[int], np.ndarray], progress: Callable[[float], None] | None = None
-) -> np.ndarray:
-    """The pairs (P, 2) of rows that show the same photograph, plain or mirrored.
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs of rows that show the same photograph, plain or mirrored: (P, 2) that surely do, (Q, 2) that may.
 
     Args:
-        pairs: candidates.
+        pairs: candidates (N, 2).
         picture: row -> uint8 (H, W, 3).
         progress: told the share done, from 0 to 1.
     """
-    rows = np.unique(pairs)
+    view = lru_cache(_KEPT)(lambda row: describe(picture(row)))
+
+    def check(pair: np.ndarray) -> Agreement:
+        first, second = view(int(pair[0])), view(int(pair[1]))
+        return max(agreement(first, second), agreement(mirrored(first), second))
+
+    pairs = _near_in_time(pairs)
+    found: list[Agreement] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        views: dict[int, tuple[View, View]] = {}
-        for start in range(0, len(rows), _CHUNK):
-            part = rows[start : start + _CHUNK].tolist()
-            views.update(zip(part, pool.map(lambda row: _views(picture(row)), part), strict=True))
-            if progress:
-                progress(0.4 * (start + len(part)) / len(rows))
-
-        def check(pair: np.ndarray) -> bool:
-            (first, _), seconds = views[int(pair[0])], views[int(pair[1])]
-            return any(accepted(*agreement(first, second)) for second in seconds)
-
-        kept = [np.empty((0, 2), dtype=np.int64)]
         for start in range(0, len(pairs), _CHUNK):
-            chunk = pairs[start : start + _CHUNK]
-            kept.append(chunk[np.fromiter(pool.map(check, chunk), dtype=bool, count=len(chunk))])
+            found += pool.map(check, pairs[start : start + _CHUNK])
             if progress:
-                progress(0.4 + 0.6 * (start + len(chunk)) / len(pairs))
-    return np.concatenate(kept)
+                progress(len(found) / len(pairs))
+    figures = np.array(found).reshape(-1, 3)
+    sure, likely = ((figures >= least).all(axis=1) for least in (SURE, LIKELY))
+    return pairs[sure], pairs[likely & ~sure]
 
 
-def accepted(inliers: int, correlation: float) -> bool:
-    """Whether keypoints that fit and the correlation of the pictures are enough."""
-    return any(inliers >= count and correlation >= least for count, least in RULES)
+def join(count: int, sure: np.ndarray, likely: np.ndarray) -> np.ndarray:
+    """int (count,): number of the group of each row; `LINKS` likely pairs between two groups make them one."""
+    group = components(count, sure)
+    while len(likely):
+        between = np.sort(group[likely], axis=1)
+        links, number = np.unique(between[between[:, 0] != between[:, 1]], axis=0, return_counts=True)
+        if not (number >= LINKS).any():
+            break
+        group = components(count, links[number >= LINKS])[group]
+    return group
 
 
-def agreement(first: View, second: View) -> tuple[int, float]:
-    """Number of keypoints that fit the best similarity transform, and the correlation where the pictures overlap."""
-    least = RULES[0][0]
+def agreement(first: View, second: View) -> Agreement:
+    """How well two pictures fit, seen as they are."""
+    nothing, least = Agreement(0, 0.0, 0.0), LIKELY[0]
     if min(len(first.points), len(second.points)) < least:
-        return 0, 0.0
-    # Squared distances from a product of matrices: several times as fast as a matcher's loops.
-    a, b = first.descriptors.astype(np.float32), second.descriptors.astype(np.float32)
-    distance = (a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T
-    two = np.argpartition(distance, 1, axis=1)[:, :2]
-    near = np.take_along_axis(distance, two, axis=1)
-    good = np.flatnonzero(near.min(axis=1) < _RATIO**2 * near.max(axis=1))
+        return nothing
+    # The cosines of all descriptors by one product of matrices: several times as fast as a matcher's loops.
+    cosine = _unit(first.descriptors) @ _unit(second.descriptors).T
+    rows, nearest = np.arange(len(cosine)), cosine.argmax(axis=1)
+    best = cosine[rows, nearest]
+    cosine[rows, nearest] = -1
+    good = np.flatnonzero(1 - best < _RATIO**2 * (1 - cosine.max(axis=1)))
     if len(good) < least:
-        return 0, 0.0
-    target = second.points[two[good, near[good].argmin(axis=1)]]
-    warp, fits = cv2.estimateAffinePartial2D(first.points[good], target, ransacReprojThreshold=4.0, maxIters=500)
-    if warp is None or not 0.3 < np.hypot(warp[0, 0], warp[1, 0]) < 3.3:
-        return 0, 0.0
-    # Several keypoints may fit one and the same place: it counts once.
-    inliers = len(np.unique(target[fits.ravel() > 0].round(), axis=0))
-    return (inliers, _overlap(first.grey, second.grey, warp)) if inliers >= least else (inliers, 0.0)
+        return nothing
+    source, target = first.points[good], second.points[nearest[good]]
+    warp, fits = cv2.estimateAffinePartial2D(source, target, ransacReprojThreshold=5.0, maxIters=1000, confidence=0.999)
+    if warp is None or not 0.15 < np.hypot(warp[0, 0], warp[1, 0]) < 6:
+        return nothing
+    source, target = source[fits.ravel() > 0], target[fits.ravel() > 0]
+    # Several keypoints may lie at one and the same place: it counts once.
+    inliers = min(len(np.unique(points.round(), axis=0)) for points in (source, target))
+    if inliers < least:
+        return nothing
+    spread = float((target.std(axis=0) / second.grey.shape[::-1]).min())
+    return Agreement(inliers, _overlap(first.grey, second.grey, warp), spread)
+
+
+def describe(rgb: np.ndarray) -> View:
+    """Keypoints of uint8 (H, W, 3)."""
+    height, width = rgb.shape[:2]
+    scale = _SIDE / (height * width) ** 0.5
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    flags = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    grey = cv2.resize(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), size, interpolation=flags)
+    # Half of the usual contrast threshold: many of these pictures are small and soft.
+    points, descriptors = cv2.SIFT.create(nfeatures=_KEYPOINTS, contrastThreshold=0.02).detectAndCompute(grey, None)
+    if descriptors is None:
+        return View(grey, np.empty((0, 2), dtype=np.float32), np.empty((0, 128), dtype=np.uint8))
+    return View(grey, np.array([point.pt for point in points], dtype=np.float32), descriptors.astype(np.uint8))
+
+
+def mirrored(view: View) -> View:
+    """The view of the mirrored picture, without looking for its keypoints."""
+    points = view.points * [-1, 1] + [view.grey.shape[1] - 1, 0]
+    grey = np.ascontiguousarray(view.grey[:, ::-1])
+    return View(grey, points.astype(np.float32), view.descriptors[:, _MIRRORED])
 
 
 def _overlap(first: np.ndarray, second: np.ndarray, warp: np.ndarray) -> float:
     size = second.shape[::-1]
     inside = cv2.warpAffine(np.ones_like(first), warp, size, flags=cv2.INTER_NEAREST) > 0
-    if inside.mean() < 0.2:
+    if inside.sum() < 400:
         return 0.0
     a = cv2.GaussianBlur(cv2.warpAffine(first, warp, size), (0, 0), 2)[inside].astype(np.float32)
     b = cv2.GaussianBlur(second, (0, 0), 2)[inside].astype(np.float32)
@@ -112,18 +157,19 @@ def _overlap(first: np.ndarray, second: np.ndarray, warp: np.ndarray) -> float:
     return float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread > 1 else 0.0
 
 
-def _views(rgb: np.ndarray) -> tuple[View, View]:
-    """A picture plain and mirrored."""
-    height, width = rgb.shape[:2]
-    scale = _SIDE / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    flags = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    grey = cv2.resize(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), size, interpolation=flags)
-    return _view(grey), _view(np.ascontiguousarray(grey[:, ::-1]))
+def _unit(descriptors: np.ndarray) -> np.ndarray:
+    vectors = descriptors.astype(np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
 
 
-def _view(grey: np.ndarray) -> View:
-    points, descriptors = cv2.SIFT.create(nfeatures=_KEYPOINTS).detectAndCompute(grey, None)
-    if descriptors is None:
-        return View(grey, np.empty((0, 2), dtype=np.float32), np.empty((0, 128), dtype=np.uint8))
-    return View(grey, np.array([point.pt for point in points], dtype=np.float32), descriptors.astype(np.uint8))
+def _near_in_time(pairs: np.ndarray) -> np.ndarray:
+    """The pairs in an order that comes back to a picture soon, while its keypoints are still in memory."""
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import reverse_cuthill_mckee
+
+    count = pairs.max(initial=-1) + 1
+    both = np.concatenate([pairs, pairs[:, ::-1]])
+    graph = csr_array((np.ones(len(both), dtype=bool), (both[:, 0], both[:, 1])), shape=(count, count))
+    place = np.empty(count, dtype=np.int64)
+    place[reverse_cuthill_mckee(graph, symmetric_mode=True)] = np.arange(count)
+    return pairs[np.lexsort((place[pairs].min(axis=1), place[pairs].max(axis=1)))]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from facemask.data import manifest, splits
+from facemask.data import manifest, splits, store
 from facemask.data.datamodule import ImageData
 from facemask.errors import UserError
 
@@ -71,7 +71,7 @@ class HubData(ImageData):
             listing = self._without_bad(listing, unlabelled)
         if len(found := sorted(listing["label"].unique())) < 2:
             raise UserError(f"data.name={self.source} has pictures of {len(found)} class(es); it needs two or more")
-        kept = manifest.collect(
+        kept = store.collect(
             listing[["path", "label", "bytes", "mtime_ns"]], self.read, self.store, max_pixels=self.max_pixels
         )
         by = [f"by {column}" for column in self.group_by]
@@ -86,7 +86,7 @@ class HubData(ImageData):
         return _bytes(dataset[row][self._image])
 
     def thumbnails(self, paths: Sequence[str]) -> np.ndarray:
-        return manifest.thumbnails(self.store, paths)
+        return store.thumbnails(self.store, paths)
 
     def _listing(self, parts: dict[str, "Dataset"]) -> pd.DataFrame:
         """One row per picture in the data set's order: path, label (None where unlabelled), bytes, mtime_ns, part, and

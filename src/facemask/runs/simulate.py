@@ -133,7 +133,7 @@ def other_metrics(repeats: int, rng: np.random.Generator) -> pd.DataFrame:
 def _shares(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Percentages per setting of what is true or false, and of how many repetitions."""
     grouped = frame.astype({c: float for c in frame.columns if frame[c].dtype == bool}).groupby(by, observed=True)
-    return (100 * grouped.mean()).round(1).assign(repetitions=grouped.size()).reset_index()
+    return (100 * grouped.mean()).astype(float).round(1).assign(repetitions=grouped.size()).reset_index()
 
 
 def tables(repeats: int, seed: int) -> dict[str, pd.DataFrame]:
