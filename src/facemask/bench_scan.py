@@ -66,7 +66,7 @@ def make_pictures(root: Path, count: int) -> pd.Series:
         copy = number % BLOCK - (BLOCK - 1 - COPIES)  # 1, 2, 3; not positive: an original
         original = number - max(copy, 0)
         rng = np.random.default_rng(original)
-        octaves = [rng.normal(128, 25, (side, side, 3)).astype(np.float32) - 128 for side in (3, 6, 12, 24, 48)]
+        octaves = [rng.normal(0, 25, (side, side, 3)).astype(np.float32) for side in (3, 6, 12, 24, 48)]
         layers = [cv2.resize(octave, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC) for octave in octaves]
         pixels = np.clip(128 + np.sum(layers, axis=0), 0, 255).astype(np.uint8)
         if copy == 1:

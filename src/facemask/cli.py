@@ -14,7 +14,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pret
 
 
 data = typer.Typer(no_args_is_help=True, help="Folders of pictures: scan, split, audit.")
-bench = typer.Typer(no_args_is_help=True, help="Speed, as ratios measured in turn on this machine.")
+bench = typer.Typer(no_args_is_help=True, help="Measured on this machine: loading, and the search for near-duplicates.")
 sweep = typer.Typer(no_args_is_help=True, help="Searches that python sweep.py made: show, finish.")
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
