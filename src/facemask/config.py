@@ -156,6 +156,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "teacher.epochs": _COUNT,
     "teacher.img_size": _COUNT,
     "teacher.lr": _POSITIVE,
+    "teacher.save_logits": _SWITCH,
     "teacher.train": (_one_of("frozen", "finetune", "scratch"), "frozen, finetune or scratch"),
     "teacher.weights": (_one_of("package", "hub"), "package, hub or null"),
     "trainer.max_epochs": _COUNT,

@@ -1,13 +1,15 @@
 """One run from config to report: data, teacher, student, predictions, numbers. Read this first."""
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,19 @@ from torch.utils.data import DataLoader
 
 from facemask.audit import baselines
 from facemask.config import as_plain, check, check_run_dir, distills, is_main_process
+from facemask.data import cache as pixel_cache
+from facemask.data import datamodule, images, transforms
 from facemask.data.datamodule import ImageData
 from facemask.data.manifest import label_conflicts
 from facemask.devices import set_threads
 from facemask.errors import UserError
 from facemask.evaluate import predict_splits
 from facemask.files import write_json, write_text
+from facemask.modeling import saved_logits
+from facemask.modeling import teacher as teachers
 from facemask.modeling.classifier import Classifier
-from facemask.modeling.teacher import TrainingSplit
+from facemask.modeling.saved_logits import SavedLogits
+from facemask.modeling.teacher import Teacher, TeacherSpec, TrainingSplit
 from facemask.runs import metrics as run_metrics
 from facemask.runs.checkpoints import checkpoint_facts, position, read_checkpoint, verify_checkpoint
 from facemask.runs.folder import RunFolder, file_sha256
@@ -111,7 +118,7 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
         classes=data.classes,
         seed=cfg.seed,
         global_batch=data.batch_size * trainer.accumulate_grad_batches,
-        teacher_dims=spec.dims(data.classes) if spec else None,
+        teacher_dims=spec.dims(data.classes) if spec and not _needs_only_logits(cfg) else None,
     )
     curves, counter = Curves(folder.path / "curves.csv"), Counter()
     report = Report.from_environment()
@@ -122,11 +129,7 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
         _print_start(cfg, data, classifier, trainer, folder)
         for note in _resumed_elsewhere(changed):
             console.print(f"note      {note}")
-    teacher = teacher_file = None
-    if spec is not None:  # fitted once and kept
-        teacher, teacher_file = spec.obtain(training_split(cfg, data), device, Path(cfg.cache_dir))
-        classifier.attach_teacher(teacher, torch.tensor(data.crossfit_folds()))
-        before = teacher.digest()
+    obtain = _attach_teacher(cfg, spec, data, classifier, provenance, device) if spec is not None else None
 
     # -- the student
     if main and not resuming:
@@ -152,7 +155,8 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
                 logger.mark_pruned()
         folder.set_status("pruned")
         sys.exit(PRUNED)
-    if teacher is not None and teacher.digest() != before:
+    teacher, teacher_file, digest = obtain() if obtain else (None, None, None)
+    if teacher is not None and teacher.digest() != digest:
         raise RuntimeError("the teacher changed while the student was trained")
 
     # -- from here on everything comes from the best checkpoint and the predictions it makes
@@ -260,6 +264,64 @@ def training_split(cfg: DictConfig, data: ImageData) -> TrainingSplit:
         folds=data.crossfit_folds(),
         fingerprint=digest.hexdigest(),
     )
+
+
+def _needs_only_logits(cfg: DictConfig) -> bool:
+    return hydra.utils.get_class(cfg.distill._target_).needs_only_logits  # type: ignore[attr-defined]
+
+
+def _attach_teacher(
+    cfg: DictConfig,
+    spec: TeacherSpec,
+    data: ImageData,
+    classifier: Classifier,
+    provenance: dict[str, Any],
+    device: torch.device,
+) -> Callable[[], tuple[Teacher, Path, str]]:
+    """Give the student its teacher, fitted once and kept, or its saved logits.
+
+    Returns: what gives the teacher, its file and its digest. Where all of its logits are saved it is not loaded before.
+    """
+    cache_dir, split = Path(cfg.cache_dir), training_split(cfg, data)
+
+    @cache
+    def obtain() -> tuple[Teacher, Path, str]:
+        teacher, file = spec.obtain(split, device, cache_dir)
+        return teacher, file, teacher.digest()
+
+    def saved() -> SavedLogits:
+        header = {
+            "teacher_sha256": file_sha256(spec.file(split, cache_dir)),
+            "data": split.fingerprint,
+            "augment": as_plain(cfg.augment),
+            **_views_code(provenance, device),
+        }
+        return SavedLogits(cache_dir, header, len(split.folds), len(data.classes))
+
+    logits = None
+    if not (spec.save_logits and _needs_only_logits(cfg)):
+        obtain()
+    else:
+        epochs = range(cfg.trainer.max_epochs or 1)
+        if not spec.file(split, cache_dir).exists() or not saved().covers(epochs, data.batch_size):
+            obtain()  # what is wrong with a teacher is told before the run folder is written
+        logits = saved()
+    classifier.attach_teacher(lambda: obtain()[0], torch.tensor(split.folds), logits)
+    return obtain
+
+
+def _views_code(provenance: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The code and the machine that views and logits come from: others may give other bits. The number of threads is
+    left out: no sum of a forward pass is shared between threads."""
+    code = (transforms, datamodule, images, pixel_cache, teachers, saved_logits)
+    hardware, switches = provenance["hardware"], ("ONEDNN_", "DNNL_", "ATEN_", "MKL_CBWR", "NVIDIA_TF32")
+    libraries = ("torch", "timm", "numpy", "pillow", "albumentations")
+    return {
+        "code": hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in code)).hexdigest(),
+        "versions": {"opencv": cv2.__version__, **{name: importlib.metadata.version(name) for name in libraries}},
+        "hardware": [hardware["processor"], hardware["capability"], hardware["gpus"] if device.type != "cpu" else []],
+        "environment": {key: value for key, value in provenance["environment"].items() if key.startswith(switches)},
+    }
 
 
 def _loggers(cfg: DictConfig, config: dict[str, Any], data: ImageData, folder: RunFolder) -> list[Any]:

@@ -364,8 +364,8 @@ def test_each_picture_is_labelled_by_the_teacher_of_its_fold(data, teacher):
     batch = next(iter(data.train_dataloader()))
     said = module._ask_teacher(batch)
     expected = teacher(batch["pixels"], folds[batch["row"]])
-    assert torch.equal(said.logits, expected.logits)
-    assert not torch.equal(said.logits, teacher(batch["pixels"], 1 - folds[batch["row"]]).logits)
+    torch.testing.assert_close(said.logits, expected.logits, rtol=0, atol=1e-4)  # which groups pictures otherwise
+    assert not torch.allclose(said.logits, teacher(batch["pixels"], 1 - folds[batch["row"]]).logits, atol=1e-4)
 
 
 def test_what_is_reported_of_the_teacher_is_counted_on_the_training_views(data, tmp_path, teacher):

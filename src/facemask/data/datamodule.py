@@ -47,7 +47,7 @@ class TrainViews(Dataset):
     """Augmented views of the training split, addressed by (epoch, row).
 
     An item is a dictionary of `pixels` uint8 (3, H, W), `target` float32 (C,) (a distribution over classes, mixed
-    where the view is) and `row`.
+    where the view is), `row` and `epoch`.
 
     Args:
         pixels: pictures of the whole table.
@@ -113,7 +113,7 @@ class TrainViews(Dataset):
             pixels = apply_mix(pixels, view(mix.partner, epoch), mix)
             target[self.labels[index]] += mix.lam
             target[self.labels[mix.partner]] += 1 - mix.lam
-        return {"pixels": to_tensor(pixels), "target": torch.from_numpy(target), "row": index}
+        return {"pixels": to_tensor(pixels), "target": torch.from_numpy(target), "row": index, "epoch": epoch}
 
 
 class EvalViews(Dataset):

@@ -1,5 +1,6 @@
 """The LightningModule: student, objective and optimizer in one place."""
 
+from collections.abc import Callable
 from typing import Any
 
 import hydra.utils
@@ -15,6 +16,7 @@ from facemask.errors import UserError
 from facemask.modeling.backbones import Backbone, Outputs
 from facemask.modeling.objectives import Objective, TeacherOutputs
 from facemask.modeling.optim import parameter_groups, scaled_lr
+from facemask.modeling.saved_logits import SavedLogits, ask_in_groups
 from facemask.modeling.teacher import Teacher
 
 
@@ -67,7 +69,8 @@ class Classifier(pl.LightningModule):
             self.backbone.network.head.requires_grad_(False)
         self.reported_head = "mean" if len(self.heads) > 1 else self.heads[0]
         # In a tuple, so that the teacher is no part of the module: of its state, optimizer, EMA or train().
-        self._teacher: tuple[Teacher, ...] = ()
+        self._teacher: tuple[Teacher | Callable[[], Teacher], ...] = ()
+        self._saved: SavedLogits | None = None
         self._teacher_folds = torch.zeros(0, dtype=torch.long)
         watched = [*self.heads, "mean"] if len(self.heads) > 1 else self.heads
         self.val_accuracy: Any = nn.ModuleDict({h: MulticlassAccuracy(len(classes), average="micro") for h in watched})
@@ -75,14 +78,26 @@ class Classifier(pl.LightningModule):
         # name -> (sum over the images of this epoch, images); in checkpoints, so that an epoch can be gone on with.
         self._sums: dict[str, Tensor] = {}
 
-    def attach_teacher(self, teacher: Teacher, folds: Tensor) -> None:
+    def attach_teacher(
+        self, teacher: Teacher | Callable[[], Teacher], folds: Tensor, saved: SavedLogits | None = None
+    ) -> None:
         """Give the objective its teacher.
 
         Args:
+            teacher: or what loads it, called when it is asked for the first time.
             folds: (N,) cross-fitting fold of every training picture; the teacher of that fold has not seen it.
+            saved: where its logits are kept: it is asked for no others.
         """
         self._teacher = (teacher,)
         self._teacher_folds = folds
+        self._saved = saved
+
+    def _load_teacher(self) -> Teacher:
+        (teacher,) = self._teacher
+        if not isinstance(teacher, Teacher):
+            teacher = teacher().to(self.device)
+            self._teacher = (teacher,)
+        return teacher
 
     def head_logits(self, outputs: Outputs) -> dict[str, Tensor]:
         """float32 logits (B, C) of every trained head and, with two, of their mean (as timm's models give when
@@ -111,7 +126,18 @@ class Classifier(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         for teacher in self._teacher:
-            teacher.to(self.device)
+            if isinstance(teacher, Teacher):
+                teacher.to(self.device)
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        # Rows are read while they are on the CPU, so that nothing waits for the device. And a teacher is loaded before
+        # the step is seeded: making its network draws random numbers.
+        if self._saved is not None and "row" in batch:
+            logits = self._saved.read(int(batch["epoch"][0]), batch["row"].numpy())
+            if logits is not None:
+                return {**batch, "teacher_logits": logits}
+            self._load_teacher()
+        return batch
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # Drop path and dropout depend on (seed, step, rank) alone: no random state has to be stored to resume.
@@ -134,8 +160,16 @@ class Classifier(pl.LightningModule):
     def _ask_teacher(self, batch: dict[str, Tensor]) -> TeacherOutputs | None:
         if not self.objective.needs_teacher:
             return None
-        (teacher,) = self._teacher
-        return teacher(batch["pixels"], self._teacher_folds[batch["row"].cpu()])
+        if "teacher_logits" in batch:
+            return TeacherOutputs.of_logits(batch["teacher_logits"])
+        rows = batch["row"].cpu()
+        teacher, folds = self._load_teacher(), self._teacher_folds[rows]
+        if not self.objective.needs_only_logits:
+            return teacher(batch["pixels"], folds)
+        logits = ask_in_groups(teacher, batch["pixels"], folds)
+        if self._saved is not None:
+            self._saved.write(int(batch["epoch"][0]), rows.numpy(), logits)
+        return TeacherOutputs.of_logits(logits)
 
     def _watch_teacher(self, outputs: Outputs, target: Tensor, teacher: TeacherOutputs) -> None:
         decision = teacher.logits.argmax(dim=1)

@@ -25,6 +25,11 @@ class TeacherOutputs:
     feature_maps: list[Tensor]
     pooled: Tensor
 
+    @classmethod
+    def of_logits(cls, logits: Tensor) -> "TeacherOutputs":
+        """Logits without features, for objectives that need no more."""
+        return cls(logits, [], logits[:, :0])
+
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy of (B, C) logits against a (B, C) distribution, smoothed as torch does:
@@ -50,11 +55,13 @@ class Objective(nn.Module):
 
     Attributes:
         needs_teacher: whether `teacher` is given to `forward`.
+        needs_only_logits: whether the teacher's logits are all of it that `forward` looks at; features are then empty.
         needs_token: the student must have a distillation token (True), must not (False), or either (None).
         needs_patches: the student must have patch tokens.
     """
 
     needs_teacher = False
+    needs_only_logits = False
     needs_token: bool | None = None
     needs_patches = False
 
@@ -100,6 +107,7 @@ class TokenDistillation(Objective):
     """Class head from the labels, distillation head from the teacher: (1 - alpha) * class + alpha * distillation."""
 
     needs_teacher = True
+    needs_only_logits = True
     needs_token = True
 
     def __init__(self, alpha: float, label_smoothing: float = 0.0) -> None:
@@ -146,6 +154,7 @@ class LogitDistillation(Objective):
     (1 - alpha) * CE + alpha * tau^2 KL."""
 
     needs_teacher = True
+    needs_only_logits = True
     needs_token = False
 
     def __init__(self, alpha: float, tau: float, reduction: str = "batchmean", label_smoothing: float = 0.0) -> None:

@@ -42,6 +42,7 @@ class TeacherSpec:
         crossfit: number of teachers, each fitted without one fold of the training split.
         checkpoint: teacher file of an earlier run.
         seed: of random weights and of the order of pictures.
+        save_logits: keep its logits of training views; it changes nothing about the teacher.
     """
 
     name: str
@@ -53,6 +54,15 @@ class TeacherSpec:
     crossfit: int
     checkpoint: str | None
     seed: int
+    save_logits: bool = True
+
+    def identity(self) -> dict[str, Any]:
+        """All that makes it this teacher."""
+        return {key: value for key, value in asdict(self).items() if key != "save_logits"}
+
+    def file(self, split: "TrainingSplit", cache_dir: Path) -> Path:
+        """Its file, whether or not it is fitted yet."""
+        return Path(self.checkpoint or cache_dir / "teachers" / f"{teacher_key(self, split)}.safetensors")
 
     def dims(self, classes: list[str] | None = None) -> tuple[list[int], int]:
         """(channels of each feature map, pooled width), from the architecture alone; given the classes of the data,
@@ -210,7 +220,7 @@ def _cnn_features(cnn: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
 
 def teacher_key(spec: TeacherSpec, split: TrainingSplit) -> str:
     """Name of a kept teacher: a function of its config, the data it was fitted on, and this code."""
-    text = json.dumps([CODE_VERSION, asdict(spec), split.classes, split.fingerprint], sort_keys=True)
+    text = json.dumps([CODE_VERSION, spec.identity(), split.classes, split.fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -238,7 +248,7 @@ def fit_or_load(spec: TeacherSpec, split: TrainingSplit, device: torch.device, c
                 "fit a teacher on this data (teacher.checkpoint=null)"
             )
         return teacher, given
-    file = cache_dir / "teachers" / f"{teacher_key(spec, split)}.safetensors"
+    file = spec.file(split, cache_dir)
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
         if file.exists():
@@ -391,7 +401,7 @@ def _fit_linear_head(teacher: Teacher, fold: int, pooled: np.ndarray, labels: np
 
 def _save(teacher: Teacher, spec: TeacherSpec, split: TrainingSplit, file: Path) -> None:
     meta = {
-        "spec": asdict(spec),
+        "spec": spec.identity(),
         "classes": split.classes,
         "fingerprint": split.fingerprint,
         "cnns": len(teacher.cnns),
