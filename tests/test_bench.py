@@ -43,6 +43,21 @@ def test_the_options_of_the_command() -> None:
 
 
 @pytest.mark.slow
+def test_bench_teacher(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["bench", "teacher", "--rounds", "3", "--side", "64", "--batch", "16", "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 0, result.output
+    (file,) = tmp_path.rglob("teacher.json")
+    content = json.loads(file.read_text())
+    compared = [(row["teacher"], row["what"]) for row in content["comparisons"]]
+    teachers = ("efficientnet_lite0", "resnet_small")
+    assert compared == [(name, what) for name in teachers for what in ("saved / no teacher", "asked / saved")]
+    assert all(row["ratio"] > 1 for row in content["comparisons"] if row["what"] == "asked / saved")
+    assert "efficientnet_lite0" in result.output
+
+
+@pytest.mark.slow
 def test_bench_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "faces"
     for i in range(120):

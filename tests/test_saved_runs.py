@@ -1,4 +1,4 @@
-"""Whole runs that share what a teacher said: the bits of runs that ask it themselves, killed or not, in 1 or 2 processes."""
+"""Whole runs that share what a teacher said have the bits of runs that ask it, killed or not, in 1 or 2 processes."""
 
 from pathlib import Path
 
@@ -47,12 +47,11 @@ def test_runs_share_what_one_of_them_asked(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_ask_about_a_half_each(tmp_path: Path) -> None:
-    options = [*SOFT, f"cache_dir={tmp_path}/cache"]
-    finish(tmp_path / "two", *options, "trainer=ddp_cpu", "trainer.max_epochs=1")
-    (file,) = (tmp_path / "cache").rglob("epoch_0000.bin")
-    assert (np.fromfile(file, "<u4").reshape(84, 3)[:, 2] != 0).sum() == 80
-    by_two = file.read_bytes()
-    file.unlink()
-    finish(tmp_path / "one", *options, "trainer.max_epochs=1")
-    assert file.read_bytes() == by_two
-    finish_unasked(tmp_path / "two_again", *options, "trainer=ddp_cpu", "trainer.max_epochs=1")
+    options = [*SOFT, "trainer.max_epochs=1"]
+    finish(tmp_path / "two", *options, "trainer=ddp_cpu")
+    (by_two,) = (tmp_path / "two.cache").rglob("epoch_0000.bin")
+    assert (np.fromfile(by_two, "<u4").reshape(84, 3)[:, 2] != 0).sum() == 80
+    online = finish(tmp_path / "one", *options)
+    (by_one,) = (tmp_path / "one.cache").rglob("epoch_0000.bin")
+    assert by_one.read_bytes() == by_two.read_bytes()
+    assert finish_unasked(tmp_path / "again", *options, f"cache_dir={tmp_path}/two.cache") == online

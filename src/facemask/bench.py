@@ -3,6 +3,7 @@
 import os
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,9 +15,11 @@ import albumentations
 import cv2
 import hydra.utils
 import numpy as np
+import timm
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -24,9 +27,15 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from facemask.config import as_plain
 from facemask.data.datamodule import ImageData, to_tensor
+from facemask.devices import native_bf16
 from facemask.errors import UserError
 from facemask.files import write_json
+from facemask.modeling.backbones import LITE0_MEAN, LITE0_STD
+from facemask.modeling.classifier import Classifier
+from facemask.modeling.saved_logits import SavedLogits
+from facemask.modeling.teacher import Teacher
 from facemask.runs.provenance import collect
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -126,6 +135,70 @@ def write_result(content: dict[str, Any], name: str, out: Path) -> Path:
     return file
 
 
+# A step on saved logits takes at most so many times as long as one without a teacher.
+SAVED_AT_MOST = 1.03
+
+
+def bench_teacher(rounds: int, side: int, batch: int, out: Path) -> Path:
+    """Steps of a DeiT-Ti with a distillation token in turn: without a teacher, with saved logits, asking the teacher.
+
+    A step is forward, backward and optimizer on a batch in memory, on this machine's CPU, at the precision of training.
+    Teachers have random weights, which take the time of any others. Returns the JSON file.
+    """
+    content: dict[str, Any] = {
+        "command": f"facemask bench teacher --rounds {rounds} --side {side} --batch {batch}",
+        "precision": "bf16-mixed" if native_bf16("cpu") else "32-true",
+        "comparisons": [],
+    }
+    for name in ("efficientnet_lite0", "resnet_small"):
+        cfg = _config(f"teacher={name}", "model=deit_distilled", "distill=soft", f"model.img_size={side}")
+        rng = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (batch, 3, side, side), generator=rng, dtype=torch.uint8)
+        views = {"pixels": pixels, "target": torch.eye(2)[torch.arange(batch) % 2], "row": torch.arange(batch)}
+        views["epoch"] = torch.zeros(batch, dtype=torch.long)
+        teacher = Teacher([timm.create_model(cfg.teacher.name, num_classes=0)], 2, 1, side, LITE0_MEAN, LITE0_STD)
+        with tempfile.TemporaryDirectory() as folder:
+            saved = SavedLogits(Path(folder), {}, batch, 2)
+            plain = _step(cfg, {"_target_": "facemask.modeling.objectives.Labels"}, views)
+            online = _step(cfg, as_plain(cfg.distill), views, teacher)
+            kept = _step(cfg, as_plain(cfg.distill), views, teacher, saved)
+            for what, pair in (("saved / no teacher", (plain, kept)), ("asked / saved", (kept, online))):
+                content["comparisons"].append({"teacher": name, "what": what, **ratio(pairs(*pair, rounds))})
+    table = Table(title=f"A step of {cfg.model.name} at {side} pixels, batch {batch}, {content['precision']}")
+    for column in ("teacher", "times as long", "ratio", "spread", "asked"):
+        table.add_column(column, no_wrap=True)
+    for row in content["comparisons"]:
+        asked = f"{SAVED_AT_MOST}{' missed' if row['ratio'] > SAVED_AT_MOST else ''}" if "no" in row["what"] else ""
+        spread = f"{row['lowest']:.3f}-{row['highest']:.3f}"
+        table.add_row(row["teacher"], row["what"], f"{row['ratio']:.3f}", spread, asked)
+    Console(highlight=False).print(table)
+    return write_result(content, "teacher", out)
+
+
+def _step(
+    cfg: DictConfig,
+    objective: dict[str, Any],
+    views: dict[str, Any],
+    teacher: Teacher | None = None,
+    saved: SavedLogits | None = None,
+) -> Callable[[], None]:
+    student = Classifier(as_plain(cfg.model), objective, as_plain(cfg.optim), ["a", "b"], 0, len(views["row"]))
+    student.log_dict = lambda *_, **__: None  # type: ignore[method-assign] # there is no trainer
+    if teacher is not None:
+        student.attach_teacher(teacher, torch.zeros(len(views["row"]), dtype=torch.long), saved)
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-4)
+
+    def step() -> None:
+        batch = student.on_before_batch_transfer(views, 0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16("cpu")):
+            loss = student.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
 def _read(loader: DataLoader, batches: int) -> None:
     for _ in islice(loader, batches):
         pass
@@ -133,14 +206,18 @@ def _read(loader: DataLoader, batches: int) -> None:
 
 def _data(root: Path | None, augment: str) -> ImageData:
     source = ["data=folder", f"data.root={root}"] if root else ["data=synthetic", "data.num_images=800"]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = [*source, f"augment={augment}", f"model.img_size={SIDE}", f"data.batch_size={BATCH}"]
-        cfg = compose("train", [*overrides, *(["data.on_bad_file=skip"] if root else [])])
+    overrides = [*source, f"augment={augment}", f"model.img_size={SIDE}", f"data.batch_size={BATCH}"]
+    cfg = _config(*overrides, *(["data.on_bad_file=skip"] if root else []))
     augmentation = hydra.utils.instantiate(cfg.augment, _convert_="all")  # albumentations wants plain lists
     data: ImageData = hydra.utils.instantiate(cfg.data, _partial_=True)(augmentation=augmentation)
     data.prepare()
     return data
+
+
+def _config(*overrides: str) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [*overrides])
 
 
 def _torchvision(augment: str) -> Callable[[Image.Image], Any]:

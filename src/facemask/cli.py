@@ -239,6 +239,20 @@ def bench_duplicates(
     typer.echo(f"written {run_bench(root, reference, thorough, out)}")
 
 
+@bench.command("teacher")
+def bench_teacher(
+    rounds: Annotated[int, typer.Option(min=1, help="Pairs of steps per comparison.")] = 9,
+    side: Annotated[int, typer.Option(min=32, help="Pixels; a multiple of 16.")] = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in a step.")] = 32,
+    out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/teacher.json.")] = Path("experiments"),
+) -> None:
+    """A distilled step on saved logits against one without a teacher and one that asks it, in turn, on the CPU."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would ask its index for a newer version
+    from facemask.bench import bench_teacher as run_bench
+
+    typer.echo(f"written {run_bench(rounds, side, batch, out)}")
+
+
 Manifest = Annotated[
     Path | None, typer.Option(help="CSV or Parquet with path, dup_group and any columns, instead of an own search.")
 ]
