@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from soak import DISTILLED, finish, start
+from soak import DISTILLED, bits, finish, start
 
 SOFT = [*DISTILLED, "distill=soft", "augment=deit", "teacher.crossfit=2", "trainer.max_epochs=3"]
 ASKED = "facemask.modeling.classifier.ask_in_groups"
@@ -21,7 +21,7 @@ def finish_unasked(run_dir: Path, *options: str) -> dict[str, str]:
     process = start(run_dir, *options, kill_at=(ASKED, 1))
     process.join()
     assert process.exitcode == 0, Path(f"{run_dir}.log").read_text()[-5000:]
-    return finish(run_dir, *options)
+    return bits(run_dir)
 
 
 @pytest.mark.slow

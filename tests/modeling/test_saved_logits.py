@@ -183,8 +183,8 @@ def fit(folder: Path, cache: Path, *, ask: bool = True, save: bool = True, epoch
             "img_size": 32,
             "pretrained": False,
             "checkpoint": None,
-            "drop_path_rate": 0.1,
-            "depth": 1,
+            "drop_path_rate": 0.5,
+            "depth": 2,
         },
         objective={"_target_": "facemask.modeling.objectives.SoftDistillation", "alpha": 0.5, "tau": 2.0},
         optim={

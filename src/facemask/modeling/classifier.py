@@ -132,11 +132,13 @@ class Classifier(pl.LightningModule):
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         # Rows are read while they are on the CPU, so that nothing waits for the device. And a teacher is loaded before
         # the step is seeded: making its network draws random numbers.
-        if self._saved is not None and "row" in batch:
+        if not self.objective.needs_teacher or "row" not in batch:
+            return batch
+        if self._saved is not None:
             logits = self._saved.read(int(batch["epoch"][0]), batch["row"].numpy())
             if logits is not None:
                 return {**batch, "teacher_logits": logits}
-            self._load_teacher()
+        self._load_teacher()
         return batch
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
