@@ -447,6 +447,7 @@ def _quiet_lightning() -> None:
         ".*does not have many workers.*",  # cached pixels make loading cheap
         ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs
         ".*in eval mode at the start of training.*",  # the hybrid's frozen CNN
+        ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",  # where saved logits are read
         ".*your dataloader is not resumable.*",  # the sampler leaves out what the epoch has had
     ):
         warnings.filterwarnings("ignore", message)

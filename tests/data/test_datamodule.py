@@ -108,7 +108,7 @@ def test_ranks_share_the_global_batch_of_one_rank(tree: Path, world_size: int) -
             # Rank r has every world_size-th picture: put back together they are the batch, bit for bit.
             woven = {
                 key: torch.stack([part[k][key] for part in parts], dim=1).flatten(0, 1)
-                for key in ("row", "pixels", "target")
+                for key in ("row", "pixels", "target", "epoch")
             }
             assert same(woven, batch)
 
