@@ -42,7 +42,7 @@ CONF = Path(__file__).parents[2] / "conf"
 BATCH = 64
 SIDE = 224
 AUGMENTS = ("light", "vit", "deit")
-LIBRARIES = {"torch", "torchvision", "albumentations", "opencv-python-headless", "pillow", "numpy", "facemask"}
+LIBRARIES = {"torch", "torchvision", "timm", "albumentations", "opencv-python-headless", "pillow", "numpy", "facemask"}
 LIBRARIES |= {"faiss-cpu", "imagehash"}
 # What is asked of loading: ours is at least so many times as fast.
 NEEDED = {"torchvision": 3.0, "albumentations": 2.0}
