@@ -56,7 +56,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def run_all(cases: dict[str, list[str]], tmp_path: Path, *options: str) -> dict[str, dict[str, Any]]:
     given = {
-        name: [f"cache_dir={tmp_path / 'cache'}", *arguments]
+        name: [*arguments, *([] if "cache_dir=" in " ".join(arguments) else [f"cache_dir={tmp_path / 'cache'}"])]
         + (
             []
             if any("run_dir=" in a or "run.dir=" in a for a in arguments)

@@ -83,4 +83,4 @@ def test_the_options_of_the_commands(tmp_path: Path) -> None:
         CliRunner().invoke(app, ["bench", "scan", "--sizes", "10,x"], catch_exceptions=False)
     result = CliRunner().invoke(app, ["bench", "duplicates", str(tmp_path), "--reference", str(tmp_path / "no.csv")])
     assert result.exit_code == 2
-    assert "no.csv" in result.output
+    assert "no.csv" in "".join(result.output.replace("│", "").split())  # the box breaks long paths

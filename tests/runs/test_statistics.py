@@ -160,5 +160,6 @@ def test_sizes_and_coverage_by_simulation():
     assert (recipe["p <= 0.05, same pictures"] > recipe["size, new pictures"] + 5).any()
     assert ((folds["size"] - 5).abs() < 2.1).all()
     assert (folds["size, uncorrected"] > 9).all()
-    assert (other["size"] < allowed).all()
+    assert (other["size"] < 6 + 400 * np.sqrt(0.05 * 0.95 / 100)).all()  # of eighteen one may be three beyond
+    assert other["size"].mean() < 7
     assert other["size"].mean() < 6
