@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -80,3 +81,13 @@ def test_bench_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "RandomResizedCrop" in content["milliseconds_per_picture"]["vit"]
     assert str(tmp_path) not in file.read_text()
     assert AUGMENTS == ("light", "vit", "deit")
+
+
+def test_bench_determinism(tmp_path: Path) -> None:
+    command = ["bench", "determinism", "--rounds", "3", "--side", "32", "--batch", "4", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert "a deterministic step takes " in result.output
+    content = json.loads(next(tmp_path.rglob("determinism.json")).read_text())
+    figures = content["deterministic / not"]
+    assert 0 < figures["lowest"] <= figures["ratio"] <= figures["highest"]
+    assert not torch.are_deterministic_algorithms_enabled()

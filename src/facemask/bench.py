@@ -152,10 +152,7 @@ def bench_teacher(rounds: int, side: int, batch: int, out: Path) -> Path:
     }
     for name in ("efficientnet_lite0", "resnet_small"):
         cfg = _config(f"teacher={name}", "model=deit_distilled", "distill=soft", f"model.img_size={side}")
-        rng = torch.Generator().manual_seed(0)
-        pixels = torch.randint(0, 256, (batch, 3, side, side), generator=rng, dtype=torch.uint8)
-        views = {"pixels": pixels, "target": torch.eye(2)[torch.arange(batch) % 2], "row": torch.arange(batch)}
-        views["epoch"] = torch.zeros(batch, dtype=torch.long)
+        views = _views(batch, side)
         teacher = Teacher([timm.create_model(cfg.teacher.name, num_classes=0)], 2, 1, side, LITE0_MEAN, LITE0_STD)
         with tempfile.TemporaryDirectory() as folder:
             saved = SavedLogits(Path(folder), {}, batch, 2)
@@ -173,6 +170,40 @@ def bench_teacher(rounds: int, side: int, batch: int, out: Path) -> Path:
         table.add_row(row["teacher"], row["what"], f"{row['ratio']:.3f}", spread, asked)
     Console(highlight=False).print(table)
     return write_result(content, "teacher", out)
+
+
+def bench_determinism(rounds: int, side: int, batch: int, out: Path) -> Path:
+    """A step of a DeiT-Ti as `trainer.deterministic=true` computes it against one without, in turn, on this CPU.
+
+    Deterministic mode also fills newly allocated memory (torch.utils.deterministic.fill_uninitialized_memory).
+    """
+    cfg = _config("model=deit", f"model.img_size={side}")
+    views = _views(batch, side)
+    step = _step(cfg, {"_target_": "facemask.modeling.objectives.Labels"}, views)
+
+    def run(deterministic: bool) -> None:
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            step()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    figures = ratio(pairs(partial(run, False), partial(run, True), rounds))
+    content = {
+        "command": f"facemask bench determinism --rounds {rounds} --side {side} --batch {batch}",
+        "precision": "bf16-mixed" if native_bf16("cpu") else "32-true",
+        "deterministic / not": figures,
+    }
+    spread = f"{figures['lowest']:.3f}-{figures['highest']:.3f}"
+    text = f"a deterministic step takes {figures['ratio']:.3f} times as long ({spread})"
+    Console(highlight=False).print(f"{text}: {cfg.model.name}, {side} pixels, batch {batch}, {content['precision']}")
+    return write_result(content, "determinism", out)
+
+
+def _views(batch: int, side: int) -> dict[str, Any]:
+    pixels = torch.randint(0, 256, (batch, 3, side, side), generator=torch.Generator().manual_seed(0)).byte()
+    rows = torch.arange(batch)
+    return {"pixels": pixels, "target": torch.eye(2)[rows % 2], "row": rows, "epoch": torch.zeros_like(rows)}
 
 
 def _step(

@@ -253,6 +253,20 @@ def bench_teacher(
     typer.echo(f"written {run_bench(rounds, side, batch, out)}")
 
 
+@bench.command("determinism")
+def bench_determinism(
+    rounds: Annotated[int, typer.Option(min=1, help="Pairs of steps.")] = 21,
+    side: Annotated[int, typer.Option(min=32, help="Pixels; a multiple of 16.")] = 112,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in a step.")] = 32,
+    out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/determinism.json.")] = Path("experiments"),
+) -> None:
+    """What it costs that a command gives the same bits twice: a deterministic step against another, in turn."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would ask its index for a newer version
+    from facemask.bench import bench_determinism as run_bench
+
+    typer.echo(f"written {run_bench(rounds, side, batch, out)}")
+
+
 Manifest = Annotated[
     Path | None, typer.Option(help="CSV or Parquet with path, dup_group and any columns, instead of an own search.")
 ]
