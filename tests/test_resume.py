@@ -154,8 +154,9 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
 def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from facemask.runs.folder import RunFolder\n"
-        "folder = RunFolder(Path(sys.argv[1])); folder.lock(); folder.start({}, {}, ''); print('taken', flush=True)\n"
+        "folder = RunFolder(Path(sys.argv[1])); folder.lock(); folder.start({}, {}, '')\n"
         "import os; child = os.fork()\n"  # a loader process that outlives its parent for a moment
+        "child and print('taken', flush=True)\n"
         "time.sleep(60)"
     )
     arguments = [sys.executable, "-c", code, str(tmp_path / "run")]

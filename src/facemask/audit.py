@@ -95,21 +95,22 @@ def _features(data: "ImageData", table: pd.DataFrame, degrade: float) -> dict[st
     """Head -> features (N, D) of the table's rows, each picture read once."""
     from rich.progress import track
 
+    from facemask.data.datamodule import SyntheticData
     from facemask.data.images import centre_crop
+    from facemask.data.synthetic import mask_box
     from facemask.data.transforms import Augmentation
 
-    root = getattr(data, "root", None)
-    landmarks = shortcuts.read_landmarks(root) if data.drawn and root else {}
     worse = Augmentation(seed=0, img_size=data.img_size, degrade=degrade)
     found: dict[str, list[np.ndarray]] = {}
-    rows = zip(table["path"], data.cache_rows[table.index], strict=True)
-    for path, row in track(rows, "reading pixels", total=len(table), transient=True, disable=len(table) < 100):
+    known = zip(table["path"], data.cache_rows[table.index], table["width"], table["height"], strict=True)
+    rows = track(known, "reading pixels", total=len(table), transient=True, disable=len(table) < 100)
+    for path, row, width, height in rows:
         pixels = data.pixels[row]
         view = centre_crop(pixels, data.img_size)
         small = shortcuts.small(view)
-        if landmarks:
-            hidden = centre_crop(shortcuts.cover_mask_region(pixels, landmarks[path]), data.img_size)
-            covered = shortcuts.small(hidden)
+        if isinstance(data, SyntheticData):
+            box = mask_box(data.draw_seed, int(Path(path).stem), states=data.states)
+            covered = shortcuts.small(centre_crop(shortcuts.cover_box(pixels, box, width, height), data.img_size))
         else:
             covered = shortcuts.cover_lower_half(small)
         degraded = worse.view(pixels, path, epoch=0)
@@ -368,8 +369,7 @@ def _shortcut_table(page: Page, data: "ImageData", heads: dict[str, Any]) -> Non
 
     page.figure(plot(draw, height=2.6), "Test accuracy of each shortcut with its 95 % interval")
     covered = (
-        "In “mask region covered” the part of every face that a mask can cover is grey, with a mask or without; "
-        "strings to the ears still show. "
+        "In “mask region covered” a grey box lies over all of a face that a mask or its straps could cover, worn or not. "
         if data.drawn
         else "In “lower half covered” the lower half of the view is grey. "
     )

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from facemask.config import as_plain
+from facemask.config import ROOT, as_plain
 from facemask.data.datamodule import ImageData, to_tensor
 from facemask.devices import native_bf16
 from facemask.errors import UserError
@@ -38,7 +38,6 @@ from facemask.modeling.saved_logits import SavedLogits
 from facemask.modeling.teacher import Teacher
 from facemask.runs.provenance import collect
 
-CONF = Path(__file__).parents[2] / "conf"
 BATCH = 64
 SIDE = 224
 AUGMENTS = ("light", "vit", "deit")
@@ -247,7 +246,7 @@ def _data(root: Path | None, augment: str) -> ImageData:
 
 def _config(*overrides: str) -> DictConfig:
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("train", [*overrides])
 
 

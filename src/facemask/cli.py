@@ -1,6 +1,5 @@
 """The command `facemask`: what is done with folders of pictures and with finished runs."""
 
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -14,11 +13,20 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pret
 
 
 data = typer.Typer(no_args_is_help=True, help="Folders of pictures: scan, split, audit.")
-bench = typer.Typer(no_args_is_help=True, help="Measured on this machine: loading, and the search for near-duplicates.")
+bench = typer.Typer(no_args_is_help=True, help="Measured on this machine, what is compared in turn.")
 sweep = typer.Typer(no_args_is_help=True, help="Searches that python sweep.py made: show, finish.")
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
 app.add_typer(sweep, name="sweep")
+
+Manifest = Annotated[
+    Path | None, typer.Option(help="CSV or Parquet with path, dup_group and any columns, instead of an own search.")
+]
+GroupBy = Annotated[list[str] | None, typer.Option(help="Column of the manifest to keep together; may be repeated.")]
+CacheDir = Annotated[Path, typer.Option(help="As cache_dir in training.", envvar="FACEMASK_CACHE")]
+Rounds = Annotated[int, typer.Option(min=1, help="Pairs of measurements per comparison.")]
+Side = Annotated[int, typer.Option(min=32, help="Pixels; a multiple of 16.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures in a step.")]
 
 
 @app.command()
@@ -161,9 +169,7 @@ def scan(
         bool, typer.Option("--thorough", help="Find rotated, noisy and edited copies too (minutes, not seconds).")
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Read every file again, whatever its size and time.")] = False,
-    cache_dir: Annotated[Path, typer.Option(help="What is known of the pictures is kept here.")] = Path(
-        ".cache/facemask"
-    ),
+    cache_dir: CacheDir = Path(".cache/facemask"),
 ) -> None:
     """Write the manifest of a folder: its pictures, what is wrong with them, and which show the same photograph."""
     import time
@@ -199,12 +205,11 @@ def bench_data(
     root: Annotated[
         Path | None, typer.Option(help="One sub-folder per class; without it faces are drawn.", envvar="FACEMASK_DATA")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Pairs of measurements per comparison.")] = 7,
+    rounds: Rounds = 7,
     pictures: Annotated[int, typer.Option(min=64, help="At most so many pictures per measurement.")] = 512,
     out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/data.json.")] = Path("experiments"),
 ) -> None:
     """Loading of training batches: decoded cache and our transforms against torchvision's, in turn, on one core."""
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would ask its index for a newer version
     from facemask.bench import bench_data as run_bench
 
     typer.echo(f"written {run_bench(root, rounds, pictures, out)}")
@@ -241,13 +246,12 @@ def bench_duplicates(
 
 @bench.command("teacher")
 def bench_teacher(
-    rounds: Annotated[int, typer.Option(min=1, help="Pairs of steps per comparison.")] = 9,
-    side: Annotated[int, typer.Option(min=32, help="Pixels; a multiple of 16.")] = 224,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in a step.")] = 32,
+    rounds: Rounds = 9,
+    side: Side = 224,
+    batch: Batch = 32,
     out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/teacher.json.")] = Path("experiments"),
 ) -> None:
     """A distilled step on saved logits against one without a teacher and one that asks it, in turn, on the CPU."""
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would ask its index for a newer version
     from facemask.bench import bench_teacher as run_bench
 
     typer.echo(f"written {run_bench(rounds, side, batch, out)}")
@@ -255,23 +259,15 @@ def bench_teacher(
 
 @bench.command("determinism")
 def bench_determinism(
-    rounds: Annotated[int, typer.Option(min=1, help="Pairs of steps.")] = 21,
-    side: Annotated[int, typer.Option(min=32, help="Pixels; a multiple of 16.")] = 112,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in a step.")] = 32,
+    rounds: Rounds = 21,
+    side: Side = 112,
+    batch: Batch = 32,
     out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/determinism.json.")] = Path("experiments"),
 ) -> None:
     """What it costs that a command gives the same bits twice: a deterministic step against another, in turn."""
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would ask its index for a newer version
     from facemask.bench import bench_determinism as run_bench
 
     typer.echo(f"written {run_bench(rounds, side, batch, out)}")
-
-
-Manifest = Annotated[
-    Path | None, typer.Option(help="CSV or Parquet with path, dup_group and any columns, instead of an own search.")
-]
-GroupBy = Annotated[list[str] | None, typer.Option(help="Column of the manifest to keep together; may be repeated.")]
-CacheDir = Annotated[Path, typer.Option(help="As cache_dir in training.", envvar="FACEMASK_CACHE")]
 
 
 @data.command("split")
@@ -323,7 +319,6 @@ def data_audit(
     cache_dir: CacheDir = Path(".cache/facemask"),
 ) -> None:
     """What a data set gives away: leaks between splits, labels in conflict, and accuracies without seeing a mask."""
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would ask its index for a newer version
     if (root is None) == (synthetic is None):
         raise UserError("give a folder of pictures, or --synthetic N for drawn faces")
     if not out.parent.is_dir() or out.is_dir():

@@ -42,6 +42,7 @@ OBJECTIVES = "facemask.modeling.objectives."
 NEEDS_TOKEN = {OBJECTIVES + "HardDistillation", OBJECTIVES + "SoftDistillation"}
 REFUSES_TOKEN = {OBJECTIVES + "LogitDistillation"}
 
+ROOT = Path(__file__).resolve().parents[2]  # of the repository: train.py and conf/ lie there
 _ABSENT = object()
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from facemask.audit import baselines
-from facemask.config import as_plain, check, check_targets, read_config, user_sentence
+from facemask.config import ROOT, as_plain, check, check_targets, read_config, user_sentence
 from facemask.data import duplicates
 from facemask.data.datamodule import ImageData
 from facemask.data.transforms import Augmentation
@@ -43,7 +43,6 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 110
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 OTHER = "other"  # the one split of pictures from elsewhere
 # Options that say how a run is evaluated; data= and data.* say on what.
 OPTIONS = ("evaluate.batch_size", "evaluate.resamples", "evaluate.splits", "cache_dir", "ledger")
@@ -288,7 +287,7 @@ def _compose(run: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, boo
     if own and (some := sorted(key for key in given if key.startswith("data."))):
         raise UserError(f"{some[0]} is of other pictures: name their kind as well, such as data=folder data.root=DIR")
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("train", list(overrides))
         if not own and "data.img_size" in given and cfg.data.img_size != run.data.img_size:
             raise UserError(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from facemask.config import as_plain, check_targets, user_sentence
+from facemask.config import ROOT, as_plain, check_targets, user_sentence
 from facemask.data.images import SUFFIXES
 from facemask.data.splits import fingerprint
 from facemask.errors import UserError
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from facemask.data.datamodule import ImageData
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = 0.5  # seconds of hashing in the quick check
 Say = Callable[[str], None]
 

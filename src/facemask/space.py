@@ -1,7 +1,6 @@
 """What a sweep searches: its config, the space in hydra-optuna-sweeper's grammar, and the recipe's own values."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -10,13 +9,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from facemask.config import check, user_sentence
+from facemask.config import ROOT, check, user_sentence
 from facemask.errors import UserError
 from facemask.runs.metrics import SCALARS
 
-ROOT = Path(__file__).resolve().parents[2]
 OURS = ("run_dir", "resume", "seed", "evaluate.splits", "name", "hydra.run.dir")
 Distribution = Any  # of optuna.distributions
 
@@ -83,7 +82,7 @@ def distribution(key: str, text: str) -> Distribution:
             return distributions.IntDistribution(int(value.start), int(value.end), log="log" in value.tags)
         if kind is IntervalSweep:
             return distributions.FloatDistribution(value.start, value.end, log="log" in value.tags)
-    except Exception as error:  # of Hydra's grammar, or of Optuna: low above high, log of zero
+    except (HydraException, TypeError, ValueError) as error:  # of Hydra's grammar, or of Optuna: low above high
         raise UserError(f"sweep.space: {key}: {text} holds no values ({' '.join(str(error).split())})") from error
     raise UserError(f"sweep.space: {key}: {text} is no range: write interval(a, b), range(a, b) or choice(a, b)")
 
@@ -130,7 +129,10 @@ class Space:
             try:
                 check(_compose([*overrides, *(f"{key}={value}" for key, value in corner.items())]))
             except Exception as error:
-                raise UserError(f"sweep.space: {user_sentence(error) or error}") from error
+                sentence = user_sentence(error)
+                if sentence is None:
+                    raise
+                raise UserError(f"sweep.space: {sentence}") from error
         recipe = _compose(overrides)
         choices = HydraConfig.get().runtime.choices
         params: dict[str, Any] = {}

@@ -18,16 +18,18 @@ from typing import Any
 
 import numpy as np
 import optuna
+import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from facemask.config import ROOT
 from facemask.errors import UserError
 from facemask.parent import followed
 from facemask.runs.folder import RunFolder
 from facemask.runs.metrics import SCALARS
 from facemask.runs.storage import PRUNED, TRIAL, patiently
-from facemask.space import ROOT, read
+from facemask.space import read
 from facemask.study import DEFAULT_STORAGE, HEARTBEAT, Study, finished, open_study, status
 
 TRAIN = ROOT / "train.py"
@@ -217,8 +219,8 @@ def main(arguments: Sequence[str]) -> None:
                 try:
                     trials = study.trials()
                     progress.update(task, completed=finished(trials), description=status(study.study, trials))
-                except Exception:  # the workers tell of a storage that stays away
-                    pass
+                except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError):
+                    pass  # the workers tell of a storage that stays away
                 workers.stop.wait(1) if workers.error is None else time.sleep(0.5)
             trials = study.trials() if workers.error is None else []
             if trials:

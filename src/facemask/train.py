@@ -311,15 +311,15 @@ def _attach_teacher(
 
 
 def _views_code(provenance: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The code and the machine that views and logits come from: others may give other bits. The number of threads is
-    left out: no sum of a forward pass is shared between threads."""
+    """The code and the machine that views and logits come from: others may give other bits."""
     code = (transforms, datamodule, images, pixel_cache, teachers, saved_logits)
     hardware, switches = provenance["hardware"], ("ONEDNN_", "DNNL_", "ATEN_", "MKL_CBWR", "NVIDIA_TF32")
     libraries = ("torch", "timm", "numpy", "pillow", "albumentations")
     return {
         "code": hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in code)).hexdigest(),
         "versions": {"opencv": cv2.__version__, **{name: importlib.metadata.version(name) for name in libraries}},
-        "hardware": [hardware["processor"], hardware["capability"], hardware["gpus"] if device.type != "cpu" else []],
+        "hardware": [hardware[key] for key in ("processor", "capability", "torch_threads")],
+        "gpus": hardware["gpus"] if device.type != "cpu" else [],
         "environment": {key: value for key, value in provenance["environment"].items() if key.startswith(switches)},
     }
 

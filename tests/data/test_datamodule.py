@@ -629,6 +629,10 @@ def test_overfitting_repeats_one_shuffled_batch(tree: Path) -> None:
     (first,), (second,) = recorder.epochs[0], recorder.epochs[1]
     assert torch.equal(first, second)
     assert torch.equal(first, batches(folder(tree).train_dataloader(), 0)[0]["pixels"])
+    resumed = folder(tree)
+    resumed.resume_at = (3, 1)  # as a resumed run sets it
+    (again,) = fit(resumed, overfit_batches=1).epochs[0]
+    assert torch.equal(first, again)
 
 
 # -- drawn faces --------------------------------------------------------------------------------------------------

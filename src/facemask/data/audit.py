@@ -4,16 +4,13 @@ Everything here ends as predictions (id, split, group, label, logit/<head>/<clas
 are computed as a model's are.
 """
 
+import math
 from collections.abc import Collection
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 SMALL = 32
-# The part of a drawn face that mask material can cover, worn or under the chin, in units of the distance from nose to
-# mouth: above the mouth, below it, and to either side. The strings to the ears reach further.
-COVER = (2.1, 3.0, 3.6)
 
 
 def majority_baseline(table: pd.DataFrame, splits: Collection[str]) -> pd.DataFrame:
@@ -103,28 +100,13 @@ def cover_lower_half(small_view: np.ndarray) -> np.ndarray:
     return covered
 
 
-def read_landmarks(root: Path) -> dict[str, np.ndarray]:
-    """Path -> nose and mouth of each drawn face, (2, 2) of x, y as shares of width and height; {} for photographs."""
-    file = root / "attributes.csv"
-    if not file.exists():
-        return {}
-    faces = pd.read_csv(file)
-    columns = ["attr_nose_x", "attr_nose_y", "attr_mouth_x", "attr_mouth_y"]
-    points = (faces[columns].to_numpy() / np.tile(faces[["width", "height"]].to_numpy(), 2)).reshape(-1, 2, 2)
-    return dict(zip(faces["path"], points, strict=True))
-
-
-def cover_mask_region(pixels: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-    """A drawn face, uint8 (H, W, 3), with grey wherever a mask could be, whether there is one or not."""
-    import cv2
-
-    nose, mouth = landmarks * [pixels.shape[1], pixels.shape[0]]
-    down = mouth - nose
-    aside = np.array([-down[1], down[0]])
-    above, below, beside = COVER
-    left, right = mouth - beside * aside, mouth + beside * aside
-    corners = [left - above * down, right - above * down, right + below * down, left + below * down]
-    return np.asarray(cv2.fillConvexPoly(pixels.copy(), np.rint(corners).astype(np.int32), (128, 128, 128)))
+def cover_box(pixels: np.ndarray, box: tuple[int, int, int, int], width: int, height: int) -> np.ndarray:
+    """A picture, uint8 (H, W, 3), with grey in a box (left, top, right, bottom) of its original of width x height."""
+    across, down = pixels.shape[1] / width, pixels.shape[0] / height
+    left, top, right, bottom = box
+    covered = pixels.copy()
+    covered[int(top * down) : math.ceil(bottom * down), int(left * across) : math.ceil(right * across)] = 128
+    return covered
 
 
 def _predictions(rows: pd.DataFrame, head: str, classes: list[str], logits: np.ndarray) -> pd.DataFrame:

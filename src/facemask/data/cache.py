@@ -87,7 +87,7 @@ class PixelCache(Pixels):
     """A folder of pixels.bin (all pixels, one after the other) and index.npz (where they lie, and checksums).
 
     Pictures that cannot be decoded have no pixels. Opening reads the whole file against its checksums (CRC-32 of
-    every 32 MiB; about 5 GB/s a core) and raises ValueError, or what numpy raises, for a damaged cache.
+    every 32 MiB) and raises ValueError, or what numpy raises, for a damaged cache.
     """
 
     def __init__(self, folder: Path) -> None:

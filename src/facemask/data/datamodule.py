@@ -39,7 +39,7 @@ pa.set_memory_pool(pa.system_memory_pool())
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:
     """uint8 (H, W, 3) -> uint8 (3, H, W)."""
     planes = np.empty((3, *pixels.shape[:2]), dtype=np.uint8)
-    cv2.split(pixels, list(planes))  # six times as fast as a transposed copy
+    cv2.split(pixels, list(planes))  # faster than a transposed copy
     return torch.from_numpy(planes)
 
 
@@ -460,9 +460,11 @@ class ImageData(pl.LightningDataModule):
         views = self.train_views()
         _return_freed_memory()
         share = self.batch_size // world_size
-        resume_at = (self.resume_at[0], self.resume_at[1] * share)
-        epochs = EpochSampler(views, rank, world_size, resume_at)
-        sampler = FirstEpoch(epochs) if getattr(self.trainer, "overfit_batches", 0) > 0 else epochs
+        if getattr(self.trainer, "overfit_batches", 0) > 0:
+            sampler: FirstEpoch | EpochSampler = FirstEpoch(EpochSampler(views, rank, world_size))
+        else:
+            epoch, batches = self.resume_at
+            sampler = EpochSampler(views, rank, world_size, (epoch, batches * share))
         # A smaller last batch would be a noisier step; a set smaller than one batch is used whole.
         return DataLoader(views, share, sampler=sampler, drop_last=len(sampler) >= share, **self._workers())
 

@@ -104,7 +104,7 @@ def agreement(first: View, second: View) -> Agreement:
     nothing, least = Agreement(0, 0.0, 0.0), LIKELY[0]
     if min(len(first.points), len(second.points)) < least:
         return nothing
-    # The cosines of all descriptors by one product of matrices: several times as fast as a matcher's loops.
+    # The cosines of all descriptors by one product of matrices: faster than a matcher's loops.
     cosine = _unit(first.descriptors) @ _unit(second.descriptors).T
     rows, nearest = np.arange(len(cosine)), cosine.argmax(axis=1)
     best = cosine[rows, nearest]
