@@ -369,7 +369,7 @@ def _shortcut_table(page: Page, data: "ImageData", heads: dict[str, Any]) -> Non
 
     page.figure(plot(draw, height=2.6), "Test accuracy of each shortcut with its 95 % interval")
     covered = (
-        "In “mask region covered” a grey box lies over all of a face that a mask or its straps could cover, worn or not. "
+        "In “mask region covered” a grey box lies over all that a mask and its straps could cover, worn or not. "
         if data.drawn
         else "In “lower half covered” the lower half of the view is grey. "
     )
