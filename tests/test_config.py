@@ -49,7 +49,7 @@ def targets(node: Any) -> Iterator[str]:
 
 def test_the_groups() -> None:
     assert " ".join(GROUPS) == (
-        "augment callbacks data debug distill experiment logger model optim recipe teacher trainer"
+        "augment callbacks data debug distill experiment hydra logger model optim recipe teacher trainer"
     )
     assert {
         "data=folder",

@@ -4,15 +4,17 @@ Everything here works on the composed config alone, so that a wrong key, value o
 """
 
 import difflib
+import importlib.util
 import itertools
 import os
 import re
+import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,10 +22,11 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import get_class
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from facemask.errors import UserError
+from facemask.files import read_yaml
 from facemask.parent import die_with_parent
 
 
@@ -37,6 +40,15 @@ def job_folder(overrides: list[str], number: int) -> str:
 
 
 OmegaConf.register_new_resolver("facemask.job_folder", job_folder, replace=True)
+# Of conf/hydra/launcher: a launcher is used by multiruns alone, so one that is named makes a multirun, also of one job.
+OmegaConf.register_new_resolver(
+    "facemask.mode", lambda launcher: "MULTIRUN" if "submitit" in launcher else None, replace=True
+)
+OmegaConf.register_new_resolver(
+    "facemask.tasks", lambda devices: devices if _is_int(devices) and devices > 0 else 1, replace=True
+)
+# Hydra checks them against what the plugin declares under the same name, and says that it will not for ever.
+warnings.filterwarnings("ignore", r"\s*'hydra/launcher/submitit_\w+' is validated against")
 
 OBJECTIVES = "facemask.modeling.objectives."
 NEEDS_TOKEN = {OBJECTIVES + "HardDistillation", OBJECTIVES + "SoftDistillation"}
@@ -71,7 +83,7 @@ def _integer(low: int) -> Callable[[Any], bool]:
     return lambda value: _is_int(value) and value >= low
 
 
-def _one_of(*names: str) -> Callable[[Any], bool]:
+def _one_of(*names: Any) -> Callable[[Any], bool]:
     return lambda value: value in names
 
 
@@ -103,6 +115,8 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "augment.cutmix_alpha": _NOT_NEGATIVE,
     "augment.seed": _WHOLE,
     "augment.degrade": _SHARE,
+    "augment.small_epochs": _WHOLE,
+    "augment.small_size": _COUNT,
     "data.batch_size": _COUNT,
     "data.num_workers": _WHOLE,
     "data.crop_pct": _SHARE_ABOVE_0,
@@ -136,10 +150,12 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.img_size": _COUNT,
     "model.pretrained": _SWITCH,
     "model.freeze_backbone": _SWITCH,
+    "model.save_features": _SWITCH,
     "model.freeze_patch_embed": _SWITCH,
     "model.depth": _COUNT,
     "model.drop_rate": _SHARE_BELOW_1,
     "model.drop_path_rate": _SHARE_BELOW_1,
+    "model.patch_drop_rate": _SHARE_BELOW_1,
     "model.patch_embed": (_one_of("linear", "efficientnet_lite0"), "linear or efficientnet_lite0"),
     "model.init": (_one_of("timm", "structured"), "timm or structured"),
     "resume": _SWITCH,
@@ -162,6 +178,11 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "teacher.weights": (_one_of("package", "hub"), "package, hub or null"),
     "trainer.max_epochs": _COUNT,
     "trainer.accumulate_grad_batches": _COUNT,
+    "trainer.num_nodes": _COUNT,
+    **{
+        f"trainer.hardware.{key}": (_one_of("auto", True, False), "auto, true or false")
+        for key in ("tf32", "channels_last", "pin_memory", "prefetch", "compile", "gradient_checkpointing")
+    },
 }
 
 
@@ -220,6 +241,19 @@ def check(cfg: DictConfig) -> None:
             f"model.img_size={cfg.model.img_size} is not a multiple of the patch size {step}: "
             f"choose {lower} or {lower + step}"
         )
+    small = cfg.augment.get("small_size", step)
+    if cfg.augment.get("small_epochs", 0) and (small % step or small > cfg.model.img_size):
+        raise UserError(
+            f"augment.small_size={small} must be a multiple of the patch size {step} up to model.img_size="
+            f"{cfg.model.img_size}"
+        )
+    if cfg.model.get("save_features", False) and (base or not cfg.model.freeze_backbone):
+        raise UserError(
+            "model.save_features=true is for heads on a frozen backbone: add model.freeze_backbone=true, and choose "
+            "another objective than distill=feature"
+        )
+    if base and cfg.model.get("patch_drop_rate", 0):
+        raise UserError("distill=feature teaches every patch token: choose model.patch_drop_rate=0")
     if fold is not None and OmegaConf.select(cfg, "data.split"):
         raise UserError("data.fold and data.split both say which pictures are tested: give one of the two")
     if base and (cfg.teacher.get("train") != "frozen" and cfg.teacher.get("crossfit", 1) > 1):
@@ -242,7 +276,7 @@ def _choice(group: str) -> str:
 
 def is_main_process() -> bool:
     """True in the process that writes: rank 0, or the only one."""
-    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def check_run_dir(run_dir: Path, resume: bool) -> None:
@@ -270,11 +304,22 @@ class CheckBeforeRun(Callback):
             check(config)
             if is_main_process():
                 check_run_dir(Path(config.run_dir), config.resume)
+            else:
+                config.run_dir = str(Path(config.hydra.run.dir).absolute())
+                with read_write(config.hydra.run):
+                    config.hydra.run.dir = "."  # Hydra would make a folder, at another second than in rank 0
         except (UserError, OmegaConfBaseException) as error:
             stop(error)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         given = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
+        launcher = config.hydra.launcher._target_
+        if "submitit" in launcher and not importlib.util.find_spec("submitit"):
+            stop(UserError("hydra/launcher=submitit_... needs the extra slurm: pip install 'facemask[slurm]'"))
+        if "SlurmLauncher" in launcher and not shutil.which("sbatch"):
+            stop(UserError("hydra/launcher=submitit_slurm needs sbatch, which is not here: log in to the cluster"))
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            stop(UserError("torchrun starts the ranks of one job: leave out -m, or let trainer=ddp start the ranks"))
         if any(re.match(r"\+*(hydra\.)?run[_.]dir=", override) for override in given):
             sentence = "-m gives every job a folder of its own, so run_dir cannot be fixed: leave it out, "
             stop(UserError(sentence + "or name the folder of all jobs with +sweep_name=NAME"))
@@ -337,12 +382,7 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing or damaged, or `check_targets` refuses it.
     """
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): give the folder of a run") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{file} is not readable YAML (cut off or edited by hand?)") from error
+    config = read_yaml(file)
     if not isinstance(config, dict) or not {"model", "data"} <= config.keys():
         raise UserError(f"{file} is no config of a run: give the folder of a run")
     check_targets(config, file)
@@ -393,7 +433,8 @@ def stop(error: BaseException) -> NoReturn:
     sentence = user_sentence(error)
     if sentence is None:
         raise error
-    print(f"error: {sentence}", file=sys.stderr)
+    if all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_LOCALID")):  # others here find the same
+        print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from facemask.errors import UserError
+
+MOST_YAML = 1_000_000  # characters
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
@@ -32,6 +36,25 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_yaml(file: Path) -> Any:
+    """Content of a YAML file that anybody may have written: no tags, and no aliases, which make millions of few.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    import yaml
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        if len(text) <= MOST_YAML and not any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            return yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): give a complete folder") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not readable YAML (cut off or edited by hand?)") from error
+    raise UserError(f"{file} is longer than {MOST_YAML:,} characters or has aliases (*name), which are never written")
 
 
 def build_folder(folder: Path, build: Callable[[Path], None], sound: Callable[[Path], object] = Path.exists) -> None:

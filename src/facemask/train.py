@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,18 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, read_write
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf, read_write
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from facemask.audit import baselines
-from facemask.config import as_plain, check, check_run_dir, distills, is_main_process
+from facemask.config import ROOT, as_plain, check, check_run_dir, distills, is_main_process
 from facemask.data import cache as pixel_cache
 from facemask.data import datamodule, images, transforms
 from facemask.data.datamodule import ImageData
 from facemask.data.manifest import label_conflicts
-from facemask.devices import set_threads
+from facemask.devices import Prefetched, activation_bytes, choose, keep_freed_memory, set_threads, use_tf32
 from facemask.errors import UserError
 from facemask.evaluate import predict_splits
 from facemask.files import write_json, write_text
@@ -41,8 +42,9 @@ from facemask.modeling import teacher as teachers
 from facemask.modeling.classifier import Classifier
 from facemask.modeling.saved_logits import SavedLogits
 from facemask.modeling.teacher import Teacher, TeacherSpec, TrainingSplit
+from facemask.ranks import Ranks, join_submitit
 from facemask.runs import metrics as run_metrics
-from facemask.runs.checkpoints import checkpoint_facts, position, read_checkpoint, verify_checkpoint
+from facemask.runs.checkpoints import checkpoint_facts, position, read_checkpoint, verify_checkpoint, weights_sha256
 from facemask.runs.folder import RunFolder, file_sha256
 from facemask.runs.ledger import openings, record_opening
 from facemask.runs.loggers import Counter, Curves, WandbLogger
@@ -64,7 +66,9 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
     Raises:
         UserError: whatever the user can mend; before the first training step, and without a run folder left behind.
     """
-    cfg.run_dir = HydraConfig.get().runtime.output_dir
+    join_submitit()
+    if is_main_process() or HydraConfig.get().mode == RunMode.MULTIRUN:
+        cfg.run_dir = HydraConfig.get().runtime.output_dir
     folder = RunFolder(Path(cfg.run_dir))
     try:
         try:
@@ -79,6 +83,8 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
             folder.set_status(
                 "killed" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed", error=str(error)
             )
+        if isinstance(error, SIGTERMException):
+            sys.exit(143)  # as shells do; Lightning's own code is 0, as if the run had finished
         raise
     finally:
         folder.release()
@@ -94,11 +100,13 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
     resuming = cfg.resume and (folder.path / "config.yaml").exists()
     if main and resuming:
         folder.resume(config)
-        if folder.status()["state"] == "finished":
+    if resuming and folder.status()["state"] == "finished":
+        if main:
             _print_results(folder)
-            return json.loads((folder.path / "summary.json").read_text())
+        return json.loads((folder.path / "summary.json").read_text()) if main else None
     cv2.setNumThreads(0)
     set_threads(cfg.threads or (folder.provenance()["hardware"]["torch_threads"] if resuming else None))
+    keep_freed_memory()
     _quiet_lightning()
 
     # -- everything that can be wrong is found here, before the run folder is written
@@ -106,6 +114,7 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
     device = trainer.strategy.root_device
     data = build_data(cfg)
     data.prepare(cfg.evaluate.splits)
+    data.check_shares(trainer.world_size)
     if resuming and main:
         folder.check_data(data.fingerprint)
     spec = hydra.utils.instantiate(cfg.teacher) if distills(cfg) else None
@@ -120,16 +129,37 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
         global_batch=data.batch_size * trainer.accumulate_grad_batches,
         teacher_dims=spec.dims(data.classes) if spec and not _needs_only_logits(cfg) else None,
     )
+    share = data.batch_size // trainer.world_size
+    needed = activation_bytes(classifier.backbone.network, share, str(trainer.precision))
+    hardware = choose(cfg.trainer.hardware, device, needed)
+    _use(hardware, data, classifier, device)
     curves, counter = Curves(folder.path / "curves.csv"), Counter()
     report = Report.from_environment()
-    callbacks = [*hydra.utils.instantiate(cfg.callbacks or {}).values(), counter, *report]
+    ranks = Ranks(config, data.fingerprint, partial(folder.set_status, "failed") if main else None)
+    callbacks = [*hydra.utils.instantiate(cfg.callbacks or {}).values(), counter, *report, ranks]
     provenance, diff = collect(HydraConfig.get().overrides.task)
-    changed = changes(folder.provenance(), provenance) if resuming else []
+    provenance["hardware"]["processes"] = trainer.world_size
+    elsewhere = _resumed_elsewhere(folder.provenance(), provenance) if resuming else []
     if main:
-        _print_start(cfg, data, classifier, trainer, folder)
-        for note in _resumed_elsewhere(changed):
+        _print_start(cfg, data, classifier, trainer, folder, hardware)
+        for note in elsewhere:
             console.print(f"note      {note}")
     obtain = _attach_teacher(cfg, spec, data, classifier, provenance, device) if spec is not None else None
+    if cfg.model.save_features:
+        backbone = classifier.backbone
+        frozen = {name: weight for name, weight in backbone.named_parameters() if not weight.requires_grad}
+        header = {
+            "backbone": weights_sha256({**frozen, **dict(backbone.named_buffers())}),
+            "network": {key: config["model"][key] for key in ("name", "img_size", "depth", "patch_embed")},
+            "data": training_split(cfg, data).fingerprint,
+            "augment": config["augment"],
+            "batch_size": data.batch_size,
+            "precision": str(trainer.precision),
+            **_views_code(provenance, device),
+        }
+        width = backbone.network.head_hidden_size * (2 if backbone.has_token else 1)
+        pictures = len(data.rows("train"))
+        classifier.save_features(SavedLogits(Path(cfg.cache_dir), header, pictures, width, kind="features"))
 
     # -- the student
     if main and not resuming:
@@ -143,31 +173,43 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
         state = read_checkpoint(checkpoint)
         curves.continue_from(state["global_step"])
         data.resume_at = position(state)
-    with _one_job(cfg):
+    with _one_job(cfg, ranks):
         trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        if any(trial.pruned for trial in report):
+            for logger in loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.mark_pruned()
+            if main:
+                folder.set_status("pruned")
+            sys.exit(PRUNED if main else 0)  # Lightning's launcher kills all where one of its children fails
+        teacher, teacher_file, digest = obtain() if obtain else (None, None, None)
+        if teacher is not None and teacher.digest() != digest:
+            raise RuntimeError("the teacher changed while the student was trained")
+
+        # -- from here on everything comes from the best checkpoint and the predictions it makes
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        reported = Path(best or folder.last_checkpoint)
+        opened = openings(Path(cfg.ledger), data.test_fingerprint)
+        if main:
+            verify_checkpoint(reported)
+            if "test" in cfg.evaluate.splits:
+                opened = record_opening(Path(cfg.ledger), data.test_fingerprint, cfg.run_dir, provenance["command"])
+        reported = trainer.strategy.broadcast(reported)
+        use_tf32(False)  # predictions are in fp32
+        student = Classifier.load_from_checkpoint(reported, map_location="cpu", weights_only=True)
+        frame, timing = predict_splits(
+            student,
+            teacher,
+            data,
+            cfg.evaluate.splits,
+            cfg.evaluate.batch_size,
+            device,
+            (trainer.global_rank, trainer.world_size),
+        )
     if not main:
         return None
-    if any(trial.pruned for trial in report):
-        for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                logger.mark_pruned()
-        folder.set_status("pruned")
-        sys.exit(PRUNED)
-    teacher, teacher_file, digest = obtain() if obtain else (None, None, None)
-    if teacher is not None and teacher.digest() != digest:
-        raise RuntimeError("the teacher changed while the student was trained")
-
-    # -- from here on everything comes from the best checkpoint and the predictions it makes
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    reported = Path(best or folder.last_checkpoint)
-    verify_checkpoint(reported)
-    student = Classifier.load_from_checkpoint(reported, map_location="cpu", weights_only=True)
-    opened = openings(Path(cfg.ledger), data.test_fingerprint)
-    if "test" in cfg.evaluate.splits:
-        opened = record_opening(Path(cfg.ledger), data.test_fingerprint, cfg.run_dir, provenance["command"])
-    frame, timing = predict_splits(student, teacher, data, cfg.evaluate.splits, cfg.evaluate.batch_size, device)
     floor = baselines(data.table, list(cfg.evaluate.splits), Path(cfg.cache_dir))
     frame = frame.merge(floor, on=["id", "split", "group", "label"], how="left", validate="one_to_one")
     write_predictions(folder.path / "predictions.parquet", frame, data.classes)
@@ -184,7 +226,7 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
         "data": _data_facts(data),
         "distillation": _distillation_facts(cfg, folder.path / "curves.csv", teacher_file) if teacher else {},
         "training": _training_facts(trainer, counter, classifier, data, numbers, timing),
-        "notes": [*_notes(cfg, data, classifier, best), *_resumed_elsewhere(changed)],
+        "notes": [*_notes(cfg, data, classifier, best), *elsewhere],
     }
     write_json(folder.path / "summary.json", summary)
     run_report(folder.path, pictures=data.picture)
@@ -206,9 +248,21 @@ def _trainer(cfg: DictConfig, **arguments: Any) -> pl.Trainer:
         raise UserError(f"trainer= does not fit Lightning's Trainer: {error}") from error
 
 
+def _use(hardware: dict[str, bool], data: ImageData, classifier: Classifier, device: torch.device) -> None:
+    use_tf32(hardware["tf32"])
+    Teacher.memory_format = torch.channels_last if hardware["channels_last"] else torch.contiguous_format
+    data.pin_memory = hardware["pin_memory"]
+    if hardware["prefetch"]:
+        data.prefetched = partial(Prefetched, device=device)
+    if hardware["gradient_checkpointing"]:
+        classifier.backbone.network.set_grad_checkpointing(True)
+    if hardware["compile"]:
+        classifier.backbone.compile()
+
+
 @contextmanager
-def _one_job(cfg: DictConfig) -> Iterator[None]:
-    """Let Lightning's launcher start further ranks with this job's own config.
+def _one_job(cfg: DictConfig, ranks: Ranks) -> Iterator[None]:
+    """Let Lightning's launcher start further ranks with this job's resolved config, and all ranks end together.
 
     It starts them by `sys.argv`, which in a multirun names all jobs, and leaves its variables and its process group
     behind, which would make the next job wait for ranks that nobody started.
@@ -217,13 +271,19 @@ def _one_job(cfg: DictConfig) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in variables}
     hydra_config: Any = HydraConfig.instance().cfg
     with read_write(hydra_config.hydra.run):
-        hydra_config.hydra.run.dir = str(cfg.run_dir)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        of_all_jobs = ("hydra.mode=", "hydra.sweep", "hydra.run.")
-        shared = [option for option in hydra_config.hydra.overrides.hydra if not option.startswith(of_all_jobs)]
-        sys.argv = [argv[0], *hydra_config.hydra.overrides.task, *shared]
+        hydra_config.hydra.run.dir = "."  # of the further ranks: the config has the run's folder
     try:
-        yield
+        with tempfile.TemporaryDirectory() as scratch:
+            write_text(Path(scratch) / "job.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+            job = ["--config-dir", scratch, "--config-name", "job", "hydra/job_logging=stdout"]
+            sys.argv = [str(ROOT / "train.py"), *job]
+            yield
+        ranks.stop_watching()
+    except BaseException as error:
+        ranks.end_if_lost(error)
+        ranks.tell(error)
+        ranks.stop_watching(together=isinstance(error, SystemExit) and error.code in (0, PRUNED))
+        raise
     finally:
         sys.argv = argv
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -295,6 +355,7 @@ def _attach_teacher(
             "data": split.fingerprint,
             "augment": as_plain(cfg.augment),
             **_views_code(provenance, device),
+            **{key: cfg.trainer.hardware[key] for key in ("tf32", "channels_last")},
         }
         return SavedLogits(cache_dir, header, len(split.folds), len(data.classes))
 
@@ -432,10 +493,20 @@ def _notes(cfg: DictConfig, data: ImageData, classifier: Classifier, best: str) 
     return notes
 
 
-def _resumed_elsewhere(changed: list[str]) -> list[str]:
-    if not changed:
-        return []
-    return [f"Resumed with another {', '.join(changed[:5])} than at the start: the bits may not be those of one go."]
+def _resumed_elsewhere(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    notes = []
+    if changed := changes(before, now):
+        notes.append(
+            f"Resumed with another {', '.join(changed[:5])} than at the start: the bits may not be those of one go."
+        )
+    processes, first = (part["hardware"].get("processes", 1) for part in (now, before))
+    if processes != first:
+        notes.append(
+            f"Resumed with {processes} process{'es' * (processes > 1)} instead of {first}: every step has the same "
+            "pictures, but gradients are summed in another order and each rank draws its own dropout and random depth, "
+            "so weights, losses and predictions are not the bits of one go."
+        )
+    return notes
 
 
 def _quiet_lightning() -> None:
@@ -448,6 +519,7 @@ def _quiet_lightning() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs
         ".*in eval mode at the start of training.*",  # the hybrid's frozen CNN
         ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",  # where saved logits are read
+        ".*all_gather is deprecated.*",  # of Lightning's own code
         ".*your dataloader is not resumable.*",  # the sampler leaves out what the epoch has had
     ):
         warnings.filterwarnings("ignore", message)
@@ -457,7 +529,12 @@ def _quiet_lightning() -> None:
 
 
 def _print_start(
-    cfg: DictConfig, data: ImageData, classifier: Classifier, trainer: pl.Trainer, folder: RunFolder
+    cfg: DictConfig,
+    data: ImageData,
+    classifier: Classifier,
+    trainer: pl.Trainer,
+    folder: RunFolder,
+    hardware: dict[str, bool],
 ) -> None:
     counts = data.table["split"].value_counts()
     sizes = ", ".join(f"{split} {counts.get(split, 0):,}" for split in ("train", "val", "test"))
@@ -473,9 +550,11 @@ def _print_start(
         console.print(f"          {classifier.backbone.load_report}")
     console.print(
         f"training  {cfg.trainer.max_epochs} epochs, batch {classifier.hparams['global_batch']}, peak learning rate "
-        f"{lr:.3g} ({cfg.optim.lr:.3g} per {cfg.optim.lr_batch_size} images), {trainer.precision} on "
+        f"{lr:.3g} ({cfg.optim.lr:.3g} per {cfg.optim.lr_batch_size} images, linear), {trainer.precision} on "
         f"{trainer.world_size} x {trainer.strategy.root_device.type}"
     )
+    used, unused = ([key for key, value in hardware.items() if value == on] for on in (True, False))
+    console.print(f"hardware  with {', '.join(used) or 'nothing'}; without {', '.join(unused) or 'nothing'}")
     console.print(f"run       {folder.path}")
 
 

@@ -32,6 +32,7 @@ from facemask.errors import UserError
 from facemask.files import build_folder
 
 Batch = dict[str, Any]
+NO_LABEL = -1  # of a picture that only fills a batch
 # What Arrow's own allocator frees stays with the process; what the system's frees can be given back.
 pa.set_memory_pool(pa.system_memory_pool())
 
@@ -113,6 +114,7 @@ class TrainViews(Dataset):
             pixels = apply_mix(pixels, view(mix.partner, epoch), mix)
             target[self.labels[index]] += mix.lam
             target[self.labels[mix.partner]] += 1 - mix.lam
+        pixels = self.augmentation.resize(pixels, epoch)
         return {"pixels": to_tensor(pixels), "target": torch.from_numpy(target), "row": index, "epoch": epoch}
 
 
@@ -226,6 +228,8 @@ class ImageData(pl.LightningDataModule):
     drawn = False  # drawn pictures may leave the machine, photographs of people may not
     root: Path | None = None
     unnamed = 0
+    pin_memory: bool | None = None  # None: where there is a GPU
+    prefetched: Callable[[DataLoader], Any] | None = None  # what the loader of training batches is wrapped in
     resume_at = (0, 0)  # (epoch, batches of it already trained on)
 
     def __init__(
@@ -427,18 +431,20 @@ class ImageData(pl.LightningDataModule):
         )
 
     def eval_loader(self, split: str, batch_size: int, rank: int = 0, world_size: int = 1) -> DataLoader:
-        """Evaluation views of a split in the table's order; rank r of w gets every w-th picture, none twice."""
+        """Evaluation views of a split in the table's order; rank r of w gets every w-th batch, so that every picture is
+        seen once and beside the same others, whatever w is."""
         if split not in self._prepared:
             raise ValueError(f"the pictures of {split} are not decoded: name it in prepare()")
-        rows = self.rows(split)[rank::world_size]
+        rows = self.rows(split)
         views = EvalViews(self.pixels, self.cache_rows[rows], self.labels(rows), self.img_size)
-        return DataLoader(views, batch_size, **self._workers())
+        batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+        return DataLoader(views, batch_sampler=batches[rank::world_size], **self._workers())  # type: ignore[arg-type]
 
     def _workers(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
             "worker_init_fn": _quiet_worker,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
         }
 
     def _rank(self) -> tuple[int, int]:
@@ -450,26 +456,41 @@ class ImageData(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         self.prepare(self._prepared)
 
-    def train_dataloader(self) -> DataLoader:
-        rank, world_size = self._rank()
+    def check_shares(self, world_size: int) -> None:
+        """Raises UserError where so many processes cannot have equal shares of every batch."""
         if self.batch_size % world_size:
             raise UserError(
                 f"data.batch_size={self.batch_size} is shared by {world_size} processes: "
                 f"choose a multiple of {world_size}"
             )
+        if (pictures := len(self.rows("train"))) < world_size:
+            raise UserError(f"{pictures} training pictures are too few for {world_size} processes: start fewer")
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world_size = self._rank()
+        self.check_shares(world_size)
         views = self.train_views()
         _return_freed_memory()
         share = self.batch_size // world_size
-        if getattr(self.trainer, "overfit_batches", 0) > 0:
+        overfits = getattr(self.trainer, "overfit_batches", 0) > 0
+        if overfits:
             sampler: FirstEpoch | EpochSampler = FirstEpoch(EpochSampler(views, rank, world_size))
         else:
             epoch, batches = self.resume_at
             sampler = EpochSampler(views, rank, world_size, (epoch, batches * share))
         # A smaller last batch would be a noisier step; a set smaller than one batch is used whole.
-        return DataLoader(views, share, sampler=sampler, drop_last=len(sampler) >= share, **self._workers())
+        loader = DataLoader(views, share, sampler=sampler, drop_last=len(sampler) >= share, **self._workers())
+        return loader if overfits or self.prefetched is None else self.prefetched(loader)
 
     def val_dataloader(self) -> DataLoader:
-        return self.eval_loader("val", self.batch_size, *self._rank())
+        rank, world_size = self._rank()
+        share = -(-len(self.rows("val")) // world_size)
+        loader = self.eval_loader("val", min(self.batch_size, share), rank, world_size)
+        if len(loader) > 0:
+            return loader
+        # Lightning would leave out the validation of a rank without pictures, for which the others would wait.
+        nothing = EvalViews(self.pixels, self.cache_rows[self.rows("val")[:1]], np.array([NO_LABEL]), self.img_size)
+        return DataLoader(nothing, **self._workers())
 
 
 class FolderData(ImageData):

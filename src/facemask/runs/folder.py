@@ -23,7 +23,8 @@ from facemask.errors import UserError
 from facemask.files import write_json, write_text
 
 # What may differ between the command that started a run and the one that resumes it.
-RESUME_MAY_CHANGE = {"resume", "run_dir"}
+_PLACES = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
+RESUME_MAY_CHANGE = ("resume", "run_dir", *_PLACES)
 
 
 def file_sha256(path: Path) -> str:
@@ -107,7 +108,7 @@ class RunFolder:
         stored = yaml.safe_load((self.path / "config.yaml").read_text())
         differing = sorted(
             key for key in flat(stored).keys() | flat(config).keys()
-            if flat(stored).get(key) != flat(config).get(key) and key.split(".")[0] not in RESUME_MAY_CHANGE
+            if flat(stored).get(key) != flat(config).get(key) and not key.startswith(RESUME_MAY_CHANGE)
         )  # fmt: skip
         differing = [key for key in differing if str(flat(stored).get(key, "")).find(str(stored["run_dir"])) < 0]
         if differing:
