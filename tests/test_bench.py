@@ -1,4 +1,6 @@
 import json
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +9,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from facemask import bench
+from facemask import bench, bench_train
 from facemask.bench import AUGMENTS, machine_kind, pairs, ratio
+from facemask.bench_train import Loop, Loops, parts_of_a_step
 from facemask.cli import app
+from facemask.errors import UserError
 
 
 def test_pairs_are_taken_in_turn_after_one_uncounted_call_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,3 +95,134 @@ def test_bench_determinism(tmp_path: Path) -> None:
     figures = content["deterministic / not"]
     assert 0 < figures["lowest"] <= figures["ratio"] <= figures["highest"]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+# -- training loops ---------------------------------------------------------------------------------------------
+
+LOOP = """
+import json, os, sys, time
+
+def tick(**facts):
+    os.write(int(os.environ["FACEMASK_TICKS"]), json.dumps({"time": time.perf_counter(), **facts}).encode() + b"\\n")
+
+for step in range(int(sys.argv[1])):
+    if step % 3 == 0:  # an epoch begins after a long pause
+        time.sleep(0.3)
+        tick(start=True)
+    time.sleep(0.01)
+    tick(step=step)
+print("enough")
+"""
+
+
+def looping(tmp_path: Path, steps: int) -> Loop:
+    return Loop([sys.executable, "-c", LOOP, str(steps)], 4, tmp_path / "log")
+
+
+def state(loop: Loop) -> str:
+    return Path(f"/proc/{loop.process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_loop_is_measured_in_whole_steps_and_stands_still_in_between(tmp_path: Path) -> None:
+    loop = looping(tmp_path, 10**6)
+    try:
+        assert loop.first_step_after > 0.3
+        assert state(loop) == "T"
+        time.sleep(0.5)
+        assert 0.01 <= loop.seconds(4) < 0.3  # neither the time it stood still nor the start of an epoch counts
+        steps = [told["step"] for told in loop.told if "step" in told]
+        assert steps == list(range(steps[0], steps[0] + len(steps)))
+        assert state(loop) == "T"
+        assert 0.001 < loop.peak_memory() < 1
+    finally:
+        loop.end()
+    assert loop.process.returncode == -9
+
+
+def test_a_loop_that_ends_by_itself_is_told_with_its_last_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a training loop ended by itself: enough"):
+        looping(tmp_path, 2)
+
+
+def test_the_parts_of_a_step_by_hand() -> None:
+    actions = {
+        "step": 100.0,
+        "[_TrainingEpochLoop].train_dataloader_next": 1.0,
+        "[Strategy]SingleDeviceStrategy.batch_to_device": 4.0,
+        "[LightningModule]Classifier.on_before_batch_transfer": 3.5,  # Lightning's, around ours
+        "on_before_batch_transfer": 3.0,
+        "[LightningModule]Classifier.optimizer_step": 80.0,
+        "[Strategy]SingleDeviceStrategy.training_step": 30.0,
+        "_ask_teacher": 5.0,
+        "log_dict": 1.0,
+        "_add": 1.0,
+        "[Strategy]SingleDeviceStrategy.backward": 40.0,
+        "[Callback]Counter.on_train_batch_end": 0.5,
+        "[Callback]Counter.on_train_epoch_end": 7.0,
+    }
+    assert parts_of_a_step(actions) == {
+        "data wait": 1.0,
+        "teacher": 8.0,
+        "logging": 2.5,
+        "backward": 40.0,
+        "forward": 23.0,
+        "optimizer": 10.0,
+        "Lightning": 15.5,
+    }
+
+
+def test_what_bench_train_refuses() -> None:
+    for wrong, sentence in ((["--at", "huge/224"], "--at huge/224"), (["--precision", "int8"], "--precision int8")):
+        result = CliRunner().invoke(app, ["bench", "train", *wrong])
+        assert isinstance(result.exception, UserError)
+        assert sentence in str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures") / "noise"
+    for i in range(240):
+        (root / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 26, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((260, 200)).save(root / "ab"[i % 2] / f"{i}.jpg")
+    return root
+
+
+@pytest.mark.slow
+def test_bench_train(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def others(loops: Loops, pictures: tuple[str, list[str]]) -> dict[str, Loop]:
+        return {"bare": loops.peer("bare", pictures), "timm": loops.peer("timm", pictures)}
+
+    monkeypatch.setenv("FACEMASK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bench_train, "_others", others)
+    file = bench_train.bench_train(noise, ["tiny/32"], 8, "fp32", 2, 2, tmp_path)
+    (case,) = json.loads(file.read_text())["cases"]
+    assert [row["against"] for row in case["comparisons"]] == ["bare", "timm"]
+    for row in case["comparisons"]:
+        assert row["batch"] == 8
+        assert 0 < row["lowest"] <= row["ratio"] <= row["highest"]
+        assert row["ratio"] == pytest.approx(row["ours_per_s"] / row["other_per_s"])
+
+
+@pytest.mark.slow
+def test_bench_profile(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FACEMASK_CACHE", str(tmp_path / "cache"))
+    content = json.loads(bench_train.bench_profile(noise, "tiny", 32, 8, 4, "none", tmp_path).read_text())
+    took = content["milliseconds"]
+    assert list(took) == ["data wait", "teacher", "logging", "backward", "forward", "optimizer", "Lightning"]
+    assert min(took.values()) >= 0
+    assert took["backward"] > took["logging"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_flat_over_50_epochs(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FACEMASK_CACHE", str(tmp_path / "cache"))
+    with Loops(["data=folder", f"data.root={noise}"], "tiny", 32, 84, "fp32", tmp_path) as loops:
+        loop = loops.ours("model.depth=1")
+        loop.seconds(10)
+        before = loop.peak_memory()
+        loop.seconds(110)  # two steps are an epoch
+        assert sum("start" in told for told in loop.told) >= 50
+        assert loop.peak_memory() < before + 0.02

@@ -170,6 +170,28 @@ def test_hybrid_cnn_can_be_trained():
     assert optimized == {id(p) for p in backbone.parameters()}
 
 
+@pytest.mark.parametrize("name", [VIT, DISTILLED])
+def test_small_epochs_take_small_pictures_and_leave_the_full_size_alone(name):
+    plain, growing = build(name, img_size=64), build(name, img_size=64, small_epochs=1)
+    growing.load_state_dict(plain.state_dict())
+    assert torch.equal(plain.eval()(pixels(side=64)).patch_tokens, growing.eval()(pixels(side=64)).patch_tokens)
+    assert growing(pixels(side=32)).patch_tokens.shape == (2, 4, 192)
+    with pytest.raises(AssertionError):
+        plain(pixels(side=32))
+    # The prefix tokens keep their positions; the grid's mean is kept by interpolation of a constant grid.
+    prefix = growing.network.num_prefix_tokens
+    with torch.no_grad():
+        growing.network.pos_embed[:, prefix:] = 3.0
+    grown = growing.network._pos_embed(torch.zeros(1, 2, 2, 192))
+    torch.testing.assert_close(grown[:, prefix:], torch.full((1, 4, 192), 3.0))
+
+
+def test_patch_dropout_leaves_out_patches_in_training_alone():
+    backbone = build(DISTILLED, img_size=64, patch_drop_rate=0.5)
+    assert backbone.train()(pixels(side=64)).patch_tokens.shape == (2, 8, 192)
+    assert backbone.eval()(pixels(side=64)).patch_tokens.shape == (2, 16, 192)
+
+
 def test_dropout_and_drop_path_are_passed_on():
     backbone = build(DISTILLED, drop_rate=0.3, drop_path_rate=0.2)
     assert backbone.network.head_drop.p == 0.3

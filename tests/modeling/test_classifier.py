@@ -15,6 +15,7 @@ from facemask.modeling.backbones import LITE0_MEAN, LITE0_STD
 from facemask.modeling.classifier import Classifier
 from facemask.modeling.objectives import Labels
 from facemask.modeling.optim import EMA
+from facemask.modeling.saved_logits import SavedLogits
 from facemask.modeling.teacher import Teacher
 
 CLASSES = ["blue", "red"]
@@ -422,3 +423,24 @@ def test_learning_rate_is_scaled_and_scheduled(data, tmp_path):
     expected = [2e-3, *(1e-3 * (1 + np.cos(np.pi * step / 11)) for step in range(11))]
     assert rates == pytest.approx(expected)
     assert pd.Series(rates).is_monotonic_decreasing
+
+
+@pytest.mark.parametrize("name", [DISTILLED, "vit_tiny_patch16_224"])
+def test_a_probe_on_kept_features_gives_the_bits_of_one_without(name, data, tmp_path, monkeypatch):
+    width = 192 * (2 if name == DISTILLED else 1)
+
+    def probe(keep: bool) -> dict[str, torch.Tensor]:
+        module = classifier(name=name, drop_path=0.0, freeze_backbone=True)
+        if keep:
+            module.save_features(SavedLogits(tmp_path, {}, 28, width, kind="features"))
+        trainer(tmp_path, epochs=2, limit_val_batches=0).fit(module, data)
+        return module.backbone.state_dict()
+
+    asked, kept = probe(keep=False), probe(keep=True)
+    assert all(torch.equal(asked[key], kept[key]) for key in asked)
+    assert not torch.equal(asked["network.head.weight"], classifier(name=name).backbone.network.head.weight)
+    epochs = sorted(tmp_path.glob("features/*/epoch_*.bin"))
+    assert [file.stat().st_size for file in epochs] == 2 * [28 * 4 * (width + 1)]
+    monkeypatch.setattr("facemask.modeling.backbones.Backbone.forward", None)  # nothing asks the network again
+    again = probe(keep=True)
+    assert all(torch.equal(asked[key], again[key]) for key in asked)

@@ -86,6 +86,7 @@ class Augmentation:
         mixup_alpha: mixup's lambda comes from Beta(alpha, alpha) (Zhang et al. 2018); 0: no mixup.
         cutmix_alpha: the same for CutMix (Yun et al. 2019); with both above 0 a fair coin decides, as in DeiT.
         degrade: probability of each step of `degradation`, which follows the transform.
+        small_epochs, small_size: in so many first epochs views have this side instead (progressive resolution).
     """
 
     def __init__(
@@ -97,6 +98,8 @@ class Augmentation:
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
         degrade: float = 0.0,
+        small_epochs: int = 0,
+        small_size: int = 64,
     ) -> None:
         self.seed = seed
         self.img_size = img_size
@@ -105,6 +108,8 @@ class Augmentation:
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
         self.degradation = degradation(degrade) if degrade > 0 else None
+        self.small_epochs = small_epochs
+        self.small_size = small_size
 
     def view(self, pixels: np.ndarray, path: str, epoch: int) -> np.ndarray:
         """The augmented view of a picture: uint8 (H, W, 3) -> uint8 (img_size, img_size, 3)."""
@@ -118,6 +123,12 @@ class Augmentation:
                 pipeline.set_random_state(rng, draws)
                 view = pipeline(image=view)["image"]
         return view
+
+    def resize(self, view: np.ndarray, epoch: int) -> np.ndarray:
+        """A view, mixed or not, at the size that an epoch is trained at."""
+        if epoch >= self.small_epochs:
+            return view
+        return cv2.resize(view, (self.small_size, self.small_size), interpolation=cv2.INTER_AREA)
 
     def mix(self, path: str, epoch: int, partner: int) -> Mix | None:
         """Whether and how a view is mixed with `partner`, a row of the training split."""

@@ -96,11 +96,16 @@ class Backbone(nn.Module):
             # timm's forward_head gives both logits only in train mode with set_distilled_training(True), and
             # their mean else; the two heads are needed apart in both modes.
             cls, dist = network.head_drop(tokens[:, 0]), network.head_drop(tokens[:, 1])
-            logits = {"head": network.head(cls), "head_dist": network.head_dist(dist)}
-            return Outputs(logits, tokens[:, 2:], cls, dist)
+            return Outputs(self.head_logits(cls, dist), tokens[:, 2:], cls, dist)
         pooled = network.forward_head(tokens, pre_logits=True)
         patches = tokens[:, getattr(network, "num_prefix_tokens", 0) :] if tokens.ndim == 3 else None
-        return Outputs({"head": network.get_classifier()(pooled)}, patches, pooled, pooled)
+        return Outputs(self.head_logits(pooled, pooled), patches, pooled, pooled)
+
+    def head_logits(self, pooled: Tensor, taught: Tensor) -> dict[str, Tensor]:
+        """Logits (B, C) of every head from what they read (see `Outputs`)."""
+        if self.has_token:
+            return {"head": self.network.head(pooled), "head_dist": self.network.head_dist(taught)}
+        return {"head": self.network.get_classifier()(pooled)}
 
     def head_parameters(self) -> list[nn.Parameter]:
         heads = self.network.get_classifier()
@@ -142,9 +147,12 @@ def build_backbone(
     checkpoint: str | None = None,
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    patch_drop_rate: float = 0.0,
+    small_epochs: int = 0,
     patch_embed: str = "linear",
     freeze_patch_embed: bool = True,
     freeze_backbone: bool = False,
+    save_features: bool = False,
     depth: int | None = None,
     init: str = "timm",
     size: str | None = None,
@@ -158,6 +166,8 @@ def build_backbone(
         pretrained: timm's weights of exactly this name, from the hub or its local cache.
         checkpoint: local .safetensors, .pth or .ckpt file to start from.
         drop_rate, drop_path_rate: dropout and stochastic depth.
+        patch_drop_rate: share of patches left out in training (Li et al. 2023, FLIP).
+        small_epochs: where above 0, pictures of any whole number of patches are taken, with interpolated positions.
         patch_embed: "linear", or "efficientnet_lite0" for the hybrid (ViT paper, section 3.1): the CNN's feature
             map, one token per position, takes the place of the linear patch embedding.
         freeze_patch_embed: keep the hybrid's CNN as ImageNet left it.
@@ -165,7 +175,7 @@ def build_backbone(
         depth: number of blocks, where other than the named model's.
         init: "timm" (truncated normal) or "structured" (see `facemask.modeling.init`; where weights are loaded, and
             for networks that are no plain vision transformers, timm's).
-        size: read by conf/model alone.
+        size: read by conf/model alone; save_features: by `facemask.train` alone.
 
     Raises:
         UserError: unknown name, weights that cannot be had or do not fit.
@@ -177,6 +187,8 @@ def build_backbone(
     }
     if depth is not None:
         options["depth"] = depth
+    if patch_drop_rate:
+        options["patch_drop_rate"] = patch_drop_rate
     if patch_embed == "efficientnet_lite0":
         cnn = timm.create_model(LITE0, num_classes=0)
         cnn.load_state_dict(lite0_state_dict(), strict=False)
@@ -187,7 +199,8 @@ def build_backbone(
     set_fused_attn(torch.cuda.is_available())
     try:
         try:
-            network: Any = timm.create_model(name, pretrained=False, img_size=img_size, **options)
+            sizes: dict[str, Any] = {"img_size": img_size, **({"dynamic_img_size": True} if small_epochs else {})}
+            network: Any = timm.create_model(name, pretrained=False, **sizes, **options)
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
@@ -195,6 +208,9 @@ def build_backbone(
     except (RuntimeError, TypeError, ValueError) as error:
         near = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5])
         raise UserError(f"model.name={name} cannot be built by timm ({error}); near names: {near or 'none'}") from error
+
+    if patch_drop_rate:
+        network.patch_drop.num_prefix_tokens = network.num_prefix_tokens  # timm would drop the distillation token, too
 
     if init == "structured" and not pretrained and not checkpoint and takes_structured_init(network):
         structured_init(network)

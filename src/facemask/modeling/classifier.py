@@ -19,6 +19,8 @@ from facemask.modeling.optim import parameter_groups, scaled_lr
 from facemask.modeling.saved_logits import SavedLogits, ask_in_groups
 from facemask.modeling.teacher import Teacher
 
+NO_LABEL = -1  # of a picture that only fills a batch of validation
+
 
 class Classifier(pl.LightningModule):
     """A student and how it learns.
@@ -71,9 +73,12 @@ class Classifier(pl.LightningModule):
         # In a tuple, so that the teacher is no part of the module: of its state, optimizer, EMA or train().
         self._teacher: tuple[Teacher | Callable[[], Teacher], ...] = ()
         self._saved: SavedLogits | None = None
+        self._features: SavedLogits | None = None
         self._teacher_folds = torch.zeros(0, dtype=torch.long)
         watched = [*self.heads, "mean"] if len(self.heads) > 1 else self.heads
-        self.val_accuracy: Any = nn.ModuleDict({h: MulticlassAccuracy(len(classes), average="micro") for h in watched})
+        self.val_accuracy: Any = nn.ModuleDict(
+            {h: MulticlassAccuracy(len(classes), average="micro", ignore_index=NO_LABEL) for h in watched}
+        )
         self.val_nll: Any = nn.ModuleDict({h: MeanMetric() for h in watched})
         # name -> (sum over the images of this epoch, images); in checkpoints, so that an epoch can be gone on with.
         self._sums: dict[str, Tensor] = {}
@@ -91,6 +96,10 @@ class Classifier(pl.LightningModule):
         self._teacher = (teacher,)
         self._teacher_folds = folds
         self._saved = saved
+
+    def save_features(self, saved: SavedLogits) -> None:
+        """Train the heads on kept features of the frozen backbone: what they read (see `Outputs`), side by side."""
+        self._features = saved
 
     def _load_teacher(self) -> Teacher:
         (teacher,) = self._teacher
@@ -120,7 +129,12 @@ class Classifier(pl.LightningModule):
         checkpoint["epoch_sums"] = {name: total.reshape(-1, 2) for name, total in of_ranks.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._sums = {name: of_ranks[self.global_rank] for name, of_ranks in checkpoint.get("epoch_sums", {}).items()}
+        ranks = self._trainer.world_size if self._trainer else 1
+        self._sums = {
+            # another number of ranks than wrote it has equal shares of the sum
+            name: of_ranks[self.global_rank] if len(of_ranks) == ranks else of_ranks.sum(dim=0) / ranks
+            for name, of_ranks in checkpoint.get("epoch_sums", {}).items()
+        }
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -132,6 +146,9 @@ class Classifier(pl.LightningModule):
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         # Rows are read while they are on the CPU, so that nothing waits for the device. And a teacher is loaded before
         # the step is seeded: making its network draws random numbers.
+        if self._features is not None and "row" in batch:
+            features = self._features.read(int(batch["epoch"][0]), batch["row"].numpy())
+            batch = batch if features is None else {**batch, "features": features}
         if not self.objective.needs_teacher or "row" not in batch:
             return batch
         if self._saved is not None:
@@ -149,7 +166,7 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         teacher = self._ask_teacher(batch)
-        outputs = self.backbone(batch["pixels"])
+        outputs = self.backbone(batch["pixels"]) if self._features is None else self._probe(self._features, batch)
         losses = self.objective(outputs, batch["target"], teacher)
         size = len(batch["pixels"])
         steps = {f"train/{name}_step": loss for name, loss in losses.items()}
@@ -158,6 +175,19 @@ class Classifier(pl.LightningModule):
         if teacher is not None:
             self._watch_teacher(outputs, batch["target"], teacher)
         return losses["loss"]
+
+    def _probe(self, saved: SavedLogits, batch: dict[str, Tensor]) -> Outputs:
+        features = batch.get("features")
+        if features is None:
+            self.backbone.eval()
+            with torch.no_grad():
+                outputs = self.backbone(batch["pixels"])
+            self.backbone.train()
+            read = (outputs.pooled, outputs.taught) if self.backbone.has_token else (outputs.pooled,)
+            features = torch.cat(read, dim=1).float()
+            saved.write(int(batch["epoch"][0]), batch["row"].cpu().numpy(), features)
+        pooled, taught = features.chunk(2, dim=1) if self.backbone.has_token else (features, features)
+        return Outputs(self.backbone.head_logits(pooled, taught), None, pooled, taught)
 
     def _ask_teacher(self, batch: dict[str, Tensor]) -> TeacherOutputs | None:
         if not self.objective.needs_teacher:
@@ -195,10 +225,12 @@ class Classifier(pl.LightningModule):
         self._sums = {}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        logits = self(batch["pixels"])
+        label, logits = batch["label"], self(batch["pixels"])
+        counted = (label != NO_LABEL).float()
         for head, metric in self.val_accuracy.items():
-            metric.update(logits[head], batch["label"])
-            self.val_nll[head].update(F.cross_entropy(logits[head], batch["label"], reduction="none"))
+            metric.update(logits[head], label)
+            nll = F.cross_entropy(logits[head], label, reduction="none", ignore_index=NO_LABEL)
+            self.val_nll[head].update(nll, counted)
             suffix = "" if head == self.reported_head else f"_{head}"
             self.log(f"val/accuracy{suffix}", metric, prog_bar=not suffix)
             self.log(f"val/nll{suffix}", self.val_nll[head], prog_bar=not suffix)

@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 # Kernels are chosen by the size of a batch, and round differently. In groups of one size a picture's logits are the
 # same bits in a batch of any size, on any rank, and beside any other pictures.
 GROUP = 16
+# What else is a function of a view and is kept like the logits, and how to do without.
+KINDS = {
+    "teacher_logits": ("the teacher's logits", "ask the teacher at every step with teacher.save_logits=false"),
+    "features": ("the frozen backbone's features", "compute them at every step with model.save_features=false"),
+}
 
 
 def ask_in_groups(teacher: Teacher, pixels: Tensor, folds: Tensor) -> Tensor:
@@ -49,15 +54,19 @@ class SavedLogits:
         header: all that the logits depend on but epoch and row, as JSON has it.
         pictures: N, of the training split.
         classes: C.
+        kind: of `KINDS`; the sub-folder of cache_dir.
 
     Raises:
         UserError: cache_dir cannot be written, or the folder of this header holds another header.
     """
 
-    def __init__(self, cache_dir: Path, header: dict[str, Any], pictures: int, classes: int) -> None:
+    def __init__(
+        self, cache_dir: Path, header: dict[str, Any], pictures: int, classes: int, kind: str = "teacher_logits"
+    ) -> None:
         text = json.dumps({**header, "pictures": pictures, "classes": classes}, indent=1, sort_keys=True) + "\n"
+        self.kind = kind
         self.key = hashlib.sha256(text.encode()).hexdigest()[:32]
-        self.folder = cache_dir / "teacher_logits" / self.key
+        self.folder = cache_dir / kind / self.key
         self.pictures = pictures
         self.dtype = np.dtype([("logits", "<f4", (classes,)), ("checksum", "<u4")])
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, self.dtype))  # the one used last
@@ -120,7 +129,8 @@ class SavedLogits:
         return self._epoch[1]
 
     def _unwritable(self, error: OSError) -> UserError:
+        what, option = KINDS[self.kind]
         return UserError(
-            f"the teacher's logits cannot be kept in {self.folder} ({error.strerror or error}): choose another "
-            "cache_dir=DIR, or ask the teacher at every step with teacher.save_logits=false"
+            f"{what} cannot be kept in {self.folder} ({error.strerror or error}): choose another cache_dir=DIR, or "
+            f"{option}"
         )

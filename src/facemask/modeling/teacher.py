@@ -112,6 +112,8 @@ class Teacher(nn.Module):
         mean, std: the CNN's normalisation of pixels / 255.
     """
 
+    memory_format = torch.channels_last  # of CNN and images
+
     mean: Tensor
     std: Tensor
     head_weight: Tensor
@@ -138,7 +140,7 @@ class Teacher(nn.Module):
             self.register_buffer(f"feature_mean{number}", torch.zeros(len(cnns), width))
             self.register_buffer(f"feature_std{number}", torch.ones(len(cnns), width))
         self.eval().requires_grad_(False)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=self.memory_format)
 
     def _probe(self) -> tuple[list[int], int]:
         cnn: Any = self.cnns[0].eval()
@@ -162,7 +164,7 @@ class Teacher(nn.Module):
         if images.shape[-1] != self.img_size:
             size = (self.img_size, self.img_size)
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
-        return images.contiguous(memory_format=torch.channels_last)
+        return images.contiguous(memory_format=self.memory_format)
 
     @torch.no_grad()
     def features(self, pixels: Tensor, cnn: int = 0) -> tuple[list[Tensor], Tensor]:

@@ -1,0 +1,412 @@
+"""Training steps of ours and of others in turn, their memory, and where a step's time goes: `facemask bench ...`."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from facemask.bench import ratio, training_data, write_result
+from facemask.bench_peers import TICKS
+from facemask.config import ROOT
+from facemask.devices import native_bf16
+from facemask.errors import UserError
+from facemask.files import write_json
+from facemask.parent import followed
+
+DRAWN = ["data=synthetic", "data.num_images=800"]
+PEER_BATCH = 128  # timm's default, the largest
+PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32-true"}
+# What is asked of our step, as a multiple of the other's images/s.
+ASKED = {
+    "bare": 1.3,
+    "bare, keeping memory": 0.95,
+    "timm": 1.0,
+    "timm, distilling": 1.0,
+    "Hugging Face": 1.0,
+    "timm's defaults": 1.5,
+    "Hugging Face's defaults": 1.5,
+}
+
+
+class Loop:
+    """A training loop in a process of its own, which stands still unless it is watched.
+
+    Args:
+        command: ticks after every step (`facemask.bench_peers.tick`).
+        batch: images per step.
+        log: takes what it prints.
+    """
+
+    def __init__(self, command: Sequence[str], batch: int, log: Path) -> None:
+        self.batch = batch
+        self.log = log
+        read, write = os.pipe()
+        threads = str(torch.get_num_threads())
+        environment = {**os.environ, **followed(), TICKS: str(write), "OMP_NUM_THREADS": threads}
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                command, env=environment, pass_fds=[write], start_new_session=True, stdout=out, stderr=out
+            )
+        os.close(write)
+        self._ticks = os.fdopen(read)
+        begin, told = time.perf_counter(), {"start": True}
+        while "start" in told:
+            told = self._told()
+        self.first_step_after = told["time"] - begin
+        self.seconds(1)
+
+    def _told(self) -> dict[str, Any]:
+        line = self._ticks.readline()
+        if not line:
+            end = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"a training loop ended by itself: {' '.join(end)}")
+        return json.loads(line)
+
+    def seconds(self, steps: int) -> float:
+        """Let it make so many whole steps, and some more: the median seconds of a step. `told`: its ticks."""
+        since, durations = time.perf_counter(), list[float]()
+        self.told: list[dict[str, Any]] = []
+        os.killpg(self.process.pid, signal.SIGCONT)
+        while len(durations) < steps:
+            told = self._told()
+            if told["time"] < since:  # written before it stood still
+                continue
+            if self.told and "start" not in told:
+                durations.append(told["time"] - self.told[-1]["time"])
+            self.told.append(told)
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)  # until it stands still
+        return statistics.median(durations)
+
+    def peak_memory(self) -> float:
+        """Most GiB that its processes had in memory so far, added up (Linux)."""
+        peaks = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.getpgid(int(folder.name)) == self.process.pid:
+                    peaks += [line for line in (folder / "status").read_text().splitlines() if "VmHWM" in line]
+            except OSError:  # ended meanwhile
+                continue
+        return sum(int(line.split()[1]) for line in peaks) / 2**20
+
+    def end(self) -> None:
+        """Kill it and all that it started."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._ticks.close()
+
+
+class Loops:
+    """Starts loops on the same pictures, of one model, batch and precision.
+
+    Args:
+        source: overrides of train.py that choose the data.
+        size, side, batch, precision: of the model, its input, a step, and its arithmetic ("bf16" or "fp32").
+        folder: takes run folders and logs.
+    """
+
+    def __init__(self, source: list[str], size: str, side: int, batch: int, precision: str, folder: Path) -> None:
+        self.source, self.size, self.side, self.batch, self.precision = source, size, side, batch, precision
+        self.folder = folder
+        self._stack = ExitStack()
+        self._count = 0
+
+    def __enter__(self) -> "Loops":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
+
+    def _start(self, command: list[str], batch: int, log: Path) -> Loop:
+        loop = Loop(command, batch, log)
+        self._stack.callback(loop.end)
+        return loop
+
+    def ours(self, *overrides: str) -> Loop:
+        """`python train.py` as it is, without validation in between."""
+        self._count += 1
+        run = self.folder / f"ours{self._count}"
+        return self._start(
+            [
+                *(sys.executable, str(ROOT / "train.py"), *self.source, "model=deit", "augment=vit", "logger=none"),
+                *(f"model.size={self.size}", f"model.img_size={self.side}", f"data.batch_size={self.batch}"),
+                *(f"trainer.precision={PRECISIONS[self.precision]}", "trainer.max_epochs=1000"),
+                *("+trainer.check_val_every_n_epoch=1000", "evaluate.splits=[val]", f"run_dir={run}"),
+                *(f"ledger={self.folder}/ledger", "+callbacks.tick._target_=facemask.bench_peers.ticker", *overrides),
+            ],
+            self.batch,
+            run.with_suffix(".log"),
+        )
+
+    def peer(self, name: str, pictures: tuple[str, list[str]], **changes: Any) -> Loop:
+        """A loop of `facemask.bench_peers`; pictures: root, and the training files below it."""
+        self._count += 1
+        settings = {
+            "model": f"deit_{self.size}_patch16_224",
+            "side": self.side,
+            "batch": self.batch,
+            "precision": self.precision,
+            "workers": 0,
+            "defaults": False,
+            "root": pictures[0],
+            "pictures": pictures[1],
+            "scratch": str(self.folder),
+            **changes,
+        }
+        file = self.folder / f"{name}{self._count}.json"
+        write_json(file, settings)
+        command = [sys.executable, "-m", "facemask.bench_peers", name, str(file)]
+        return self._start(command, settings["batch"], file.with_suffix(".log"))
+
+
+def bench_train(
+    root: Path | None, cases: Sequence[str], batch: int, precision: str | None, rounds: int, steps: int, out: Path
+) -> Path:
+    """Our whole training step against the bare limit, timm and Hugging Face's Trainer, in turn.
+
+    Ours is `python train.py` with its loader, callbacks and curves. Every loop is a process of its own with as many
+    threads; while one is measured, the others stand still.
+
+    Args:
+        root: one sub-folder per class; None: drawn faces.
+        cases: "SIZE/SIDE", such as "tiny/224".
+        batch, precision: of all but the peers' defaults; precision None: as train.py chooses.
+        rounds: windows of each loop.
+        steps: of one window; its median counts.
+
+    Returns: the JSON file.
+    """
+    precision = precision or default_precision()
+    content: dict[str, Any] = {
+        "command": f"facemask bench train {' '.join(f'--at {case}' for case in cases)} --batch {batch} "
+        f"--precision {precision} --rounds {rounds} --steps {steps}",
+        "source": "a folder" if root else "drawn faces",
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "cases": [],
+    }
+    source, pictures = _pictures(root)
+    if len(pictures[1]) < PEER_BATCH:
+        raise UserError(f"the training split has fewer than {PEER_BATCH} pictures: give a larger folder")
+    for case in cases:
+        size, side = case.split("/")
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Loops(source, size, int(side), batch, precision, Path(folder)) as loops,
+        ):
+            sides = {"ours": loops.ours(), **_others(loops, pictures)}
+            seconds: dict[str, list[float]] = {name: [] for name in sides}
+            for _ in range(rounds):
+                for name, loop in sides.items():
+                    seconds[name].append(loop.seconds(steps) / loop.batch)
+        rows = []
+        for name in list(sides)[1:]:
+            ours = "ours, distilling" if name == "timm, distilling" else "ours"
+            if name != "ours, distilling":
+                figures = ratio(list(zip(seconds[ours], seconds[name], strict=True)))
+                rates = {"ours_per_s": 1 / figures.pop("seconds"), "other_per_s": 1 / figures.pop("other_seconds")}
+                rows.append({"against": name, "batch": sides[name].batch, **rates, **figures})
+        content["cases"].append({"model": f"deit_{size}", "side": int(side), "batch": batch, "comparisons": rows})
+        _print(content["cases"][-1], precision)
+    return write_result(content, "train", out)
+
+
+def default_precision() -> str:
+    """As train.py chooses."""
+    return "bf16" if native_bf16("cuda" if torch.cuda.is_available() else "cpu") else "fp32"
+
+
+def bench_profile(root: Path | None, size: str, side: int, batch: int, steps: int, distill: str, out: Path) -> Path:
+    """Where the time of a training step of `python train.py` goes. Returns the JSON file."""
+    precision = default_precision()
+    model = "deit" if distill in ("none", "logit") else "deit_distilled"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Loops(_pictures(root)[0], size, side, batch, precision, Path(folder)) as loops,
+    ):
+        profiler = "+trainer.profiler._target_=facemask.bench_peers.parts"
+        loop = loops.ours(f"model={model}", f"distill={distill}", profiler)
+        loop.seconds(steps)
+        first, last = ([told for told in loop.told if "start" not in told][i] for i in (0, -1))
+    count = last["steps"] - first["steps"]
+    content: dict[str, Any] = {
+        "command": f"facemask bench profile --size {size} --side {side} --batch {batch} --steps {steps} "
+        f"--distill {distill}",
+        "precision": precision,
+        "milliseconds": parts_of_a_step(
+            {name: 1000 * (total - first["seconds"].get(name, 0)) / count for name, total in last["seconds"].items()}
+        ),
+    }
+    whole = sum(content["milliseconds"].values())
+    table = Table(title=f"A step of deit_{size} at {side} pixels, batch {batch}, {precision}, distill={distill}")
+    for column in ("part", "ms", "share"):
+        table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
+    for name, took in content["milliseconds"].items():
+        table.add_row(name, f"{took:.2f}", f"{took / whole:.2%}")
+    Console(highlight=False).print(table)
+    return write_result(content, "profile", out)
+
+
+def parts_of_a_step(actions: dict[str, float]) -> dict[str, float]:
+    """What each part of a step takes, from the times of Lightning's nested actions; the parts add up to "step"."""
+
+    def of(*ends: str) -> float:
+        return sum(took for name, took in actions.items() if name.endswith(ends))
+
+    def own(*names: str) -> float:
+        return sum(actions.get(name, 0.0) for name in names)
+
+    parts = {
+        "data wait": of(".train_dataloader_next"),
+        "teacher": own("on_before_batch_transfer", "_ask_teacher"),
+        "logging": own("log_dict", "_add")
+        + sum(t for n, t in actions.items() if re.match(r"\[Callback\].*_batch_", n)),
+        "backward": of("Strategy.backward"),
+    }
+    parts["forward"] = of("Strategy.training_step") - own("_ask_teacher", "log_dict", "_add")
+    parts["optimizer"] = of(".optimizer_step") - of("Strategy.training_step", "Strategy.backward")
+    parts["Lightning"] = actions["step"] - sum(parts.values())
+    return parts
+
+
+def bench_memory(root: Path | None, size: str, side: int, batch: int, steps: int, out: Path) -> Path:
+    """Peak memory of the processes of ours and of the peers, after so many training steps. Returns the JSON file."""
+    precision, source_pictures = default_precision(), _pictures(root)
+    peaks: dict[str, float] = {}
+    for name in ("ours", "timm", "huggingface"):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Loops(source_pictures[0], size, side, batch, precision, Path(folder)) as loops,
+        ):
+            loop = loops.ours() if name == "ours" else loops.peer(name, source_pictures[1])
+            loop.seconds(steps)
+            peaks[name] = loop.peak_memory()
+    text = ", ".join(f"{name} {peak:.2f} GiB" for name, peak in peaks.items())
+    Console(highlight=False).print(f"peak of deit_{size} at {side} pixels, batch {batch}, {precision}: {text}")
+    command = f"facemask bench memory --size {size} --side {side} --batch {batch} --steps {steps}"
+    return write_result({"command": command, "precision": precision, "peak_gib": peaks}, "memory", out)
+
+
+def bench_growth(root: Path | None, batch: int, steps: int, out: Path) -> Path:
+    """Images/s and memory of `python train.py` from tiny to base, from 56 to 224 pixels, and with 1 and 2 ranks.
+
+    Two ranks share the threads and the global batch. Returns the JSON file.
+    """
+    precision, source = default_precision(), _pictures(root)[0]
+    threads = torch.get_num_threads()
+    cases = [("tiny", side, 1) for side in (56, 112, 224)] + [("small", 224, 1), ("base", 224, 1), ("tiny", 224, 2)]
+    rows = []
+    for size, side, ranks in cases:
+        if side % 16:
+            side -= side % 16  # whole patches
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Loops(source, size, side, batch, precision, Path(folder)) as loops,
+        ):
+            more = [f"threads={max(1, threads // ranks)}"]
+            more += ["trainer=ddp_cpu", f"trainer.devices={ranks}"] if ranks > 1 else []
+            loop = loops.ours(*more)
+            rate = batch / loop.seconds(steps)
+            rows.append(
+                {"size": size, "side": side, "ranks": ranks, "images_per_s": rate, "peak_gib": loop.peak_memory()}
+            )
+            Console(highlight=False).print(rows[-1])
+    command = f"facemask bench growth --batch {batch} --steps {steps}"
+    return write_result({"command": command, "precision": precision, "threads": threads, "rows": rows}, "growth", out)
+
+
+# Seconds at most (multiples of the imports, for the first step).
+START = {"facemask --help": 0.4, "train.py --help": 1.5, "train.py --cfg job": 1.5, "a config error": 1.5}
+FIRST_STEP_AT_MOST = 2.0
+
+
+def bench_startup(rounds: int, out: Path) -> Path:
+    """Seconds of commands that need no torch, and to the first training step, caches warm, against the imports of
+    torch, timm and pytorch_lightning, in turn. Returns the JSON file."""
+
+    def seconds(*command: str) -> float:
+        begin = time.perf_counter()
+        subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
+        return time.perf_counter() - begin
+
+    train, python = str(ROOT / "train.py"), sys.executable
+    commands = {
+        "facemask --help": (python, "-c", "from facemask.cli import main; main()", "--help"),
+        "train.py --help": (python, train, "--help"),
+        "train.py --cfg job": (python, train, "--cfg", "job"),
+        "a config error": (python, train, "optim.lr=-1"),
+    }
+    took = {name: statistics.median(seconds(*command) for _ in range(rounds)) for name, command in commands.items()}
+    imports, first_steps = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds + 1):
+            imports.append(seconds(python, "-c", "import torch, timm, pytorch_lightning"))
+            with Loops(DRAWN, "tiny", 32, 8, default_precision(), Path(folder)) as loops:
+                first_steps.append(loops.ours(f"run_dir={folder}/{len(imports)}").first_step_after)
+    figures = ratio(list(zip(first_steps[1:], imports[1:], strict=True)))  # the first pair warms the caches
+    first = {"seconds": figures["seconds"], "imports": figures["other_seconds"], "times_as_long": 1 / figures["ratio"]}
+    for name, asked in START.items():
+        print(f"{name}: {took[name]:.2f} s (asked {asked}{'' if took[name] <= asked else ', missed'})")
+    missed = "" if first["times_as_long"] <= FIRST_STEP_AT_MOST else ", missed"
+    print(f"first step after {first['times_as_long']:.2f} times the imports (asked {FIRST_STEP_AT_MOST}{missed})")
+    content = {"command": f"facemask bench startup --rounds {rounds}", "seconds": took, "first_step": first}
+    return write_result(content, "startup", out)
+
+
+def _others(loops: Loops, pictures: tuple[str, list[str]]) -> dict[str, Loop]:
+    others = {
+        "bare": loops.peer("bare", pictures),
+        "bare, keeping memory": loops.peer("bare", pictures, keep_memory=True),
+        "timm": loops.peer("timm", pictures),
+        "timm's defaults": loops.peer("timm", pictures, batch=PEER_BATCH, precision="fp32", workers=4, defaults=True),
+        "ours, distilling": loops.ours("model=deit_distilled", "distill=soft"),
+        "timm, distilling": loops.peer(
+            "timm", pictures, model=f"deit_{loops.size}_distilled_patch16_224", teacher="tf_efficientnet_lite0"
+        ),
+    }
+    if importlib.util.find_spec("transformers") and importlib.util.find_spec("accelerate"):
+        others["Hugging Face"] = loops.peer("huggingface", pictures)
+        others["Hugging Face's defaults"] = loops.peer(
+            "huggingface", pictures, batch=8, precision="fp32", defaults=True
+        )
+    else:
+        Console().print("without Hugging Face's Trainer: pip install 'facemask[peers]'")
+    return others
+
+
+def _pictures(root: Path | None) -> tuple[list[str], tuple[str, list[str]]]:
+    """Overrides that choose the data; its folder, and its training files."""
+    data = training_data(root, "vit")
+    assert data.root is not None
+    folder = data.root.resolve()
+    files = [str(folder / path) for path in data.table["path"].iloc[data.rows("train")]]
+    source = ["data=folder", f"data.root={folder}", "data.on_bad_file=skip"] if root else DRAWN
+    return source, (str(folder), files)
+
+
+def _print(case: dict[str, Any], precision: str) -> None:
+    title = f"Training steps of {case['model']} at {case['side']} pixels, batch {case['batch']}, {precision}: images/s"
+    table = Table(title=title)
+    for column in ("against", "ours", "theirs", "ratio", "spread", "asked"):
+        table.add_column(column, justify="left" if column == "against" else "right", no_wrap=True)
+    for row in case["comparisons"]:
+        asked = ASKED[row["against"]]
+        spread = f"{row['lowest']:.2f}-{row['highest']:.2f}"
+        verdict = f"{asked}{'' if row['ratio'] >= asked else ' missed'}"
+        rates = f"{row['ours_per_s']:.1f}", f"{row['other_per_s']:.1f}"
+        table.add_row(row["against"], *rates, f"{row['ratio']:.2f}", spread, verdict)
+    Console(highlight=False).print(table)
