@@ -75,8 +75,7 @@ def reproduce(
             raise UserError(f"tier {tier} needs the pictures: give their folder with --data or FACEMASK_DATA")
         if tier == "predict" and checkpoint is None:
             raise UserError(
-                "a record holds no weights, so tier predict needs --checkpoint PATH (its sha256 is in "
-                f"{path / 'record.json'}); without one, --tier train makes it anew"
+                "a record holds no weights: tier predict needs --checkpoint PATH; --tier train makes it anew"
             )
         software = judging.software_differences(record, code_and_versions()[0])
         _say_some(say, software)
@@ -158,10 +157,8 @@ def check_pictures(record: Record, root: Path, full: bool) -> None:
         if paths
     ]
     if parts:
-        raise UserError(
-            f"the pictures in {root} are not those of the record: {'; '.join(parts)}; nothing was computed. Give the "
-            "record's pictures with --data"
-        )
+        other = f"the pictures in {root} are not those of the record: {'; '.join(parts)}; nothing was computed"
+        raise UserError(f"{other}. Give the record's pictures with --data")
 
 
 # -- tier predict -----------------------------------------------------------------------------------------------
@@ -178,10 +175,8 @@ def _predict(record: Record, run: str, checkpoint: Path, root: Path | None, say:
         if file["weights_sha256"] == facts["weights_sha256"]  # best.ckpt; last.ckpt where nothing was validated
     }
     if digest not in known:
-        raise UserError(
-            f"{checkpoint} is not the recorded checkpoint (its sha256 {digest[:12]}... is none of the record's): it "
-            "was changed or is of another run; --tier train makes one anew"
-        )
+        other = f"{checkpoint} is not the recorded checkpoint (its sha256 {digest[:12]}... is none of the record's)"
+        raise UserError(f"{other}: it was changed or is of another run; --tier train makes one anew")
     import torch
 
     from facemask.evaluate import find_teacher, load_run, predict_splits
@@ -250,10 +245,7 @@ def _train(record: Record, run: str, root: Path | None, differences: Sequence[st
         kept = [*(override for override in kept if override not in outside), f"data.split={split}"]
     for name in re.findall(r"\$FILE/([^,'\"\])\n]+)", "\n".join(kept)):
         if not Path(name).exists():
-            raise UserError(
-                f"the recorded command names a file {name} from outside the data set, which a record does not hold: "
-                "put it into this folder"
-            )
+            raise UserError(f"the command names {name} from outside the data set: put that file into this folder")
     kept = [re.sub(r"=(\$.*)", r"='\1'", override) for override in kept]  # a folder's name may hold anything
     places = {"$FACEMASK_DATA": str(root), "$FILE": "."}
     overrides = _local([*kept, f"run_dir={target}", f"threads={facts['hardware']['torch_threads']}"], places)
@@ -296,9 +288,7 @@ def _write_split(record: Record, run: str, file: Path) -> None:
 
 def _check_fingerprint(data: "ImageData", record: Record, run: str) -> None:
     if data.fingerprint != record.info["runs"][run]["fingerprint"]:
-        raise UserError(
-            f"the pictures, labels or splits here are not those of {run}: another fingerprint; nothing was computed"
-        )
+        raise UserError(f"pictures, labels or splits here are not those of {run} (fingerprint); nothing was computed")
 
 
 def _compose(record: Record, overrides: Sequence[str]) -> "DictConfig":

@@ -50,10 +50,8 @@ def read(arguments: Sequence[str]) -> DictConfig:
         raise UserError("a sweep needs an end: give sweep.trials, the number of trials in all, or sweep.hours")
     for name in sweep.objectives:
         if name.split("/")[0] not in ("val", "training") or (name[:4] == "val/" and name[4:] not in SCALARS):
-            raise UserError(
-                f"sweep.objectives: a run does not report {name} to a sweep, which sees the validation split only: "
-                f"choose of {', '.join(f'val/{metric}' for metric in SCALARS)} or training/FIGURE"
-            )
+            known = ", ".join(f"val/{metric}" for metric in SCALARS)
+            raise UserError(f"sweep.objectives: a sweep does not report {name}: choose of {known}, training/FIGURE")
     if len(sweep.directions) != len(sweep.objectives) or not {"minimize", "maximize"} >= set(sweep.directions):
         raise UserError(f"sweep.directions={sweep.directions} must say minimize or maximize for each of the objectives")
     if not sweep.objectives or not sweep.space or not sweep.seeds:
@@ -146,10 +144,8 @@ class Space:
             else:
                 inside = isinstance(value, int | float) and dist._contains(dist.to_internal_repr(value))
             if not inside:
-                raise UserError(
-                    f"sweep.space: {key}: the first trial takes the recipe's own values, and {value} is not in the "
-                    "range: widen it, or give another value as an override"
-                )
+                first = f"the first trial takes the recipe's own values, and {value} is not in the range"
+                raise UserError(f"sweep.space: {key}: {first}: widen it, or override the value")
             params[key] = value
         return params
 

@@ -101,11 +101,10 @@ class Study:
             if stored is None:
                 self.study.set_user_attr("sweep", asked)
                 self.study.set_user_attr("folder", str(self.folder))
-        differences = [f"{key}: {stored[key]} -> {asked[key]}" for key in same if stored and stored[key] != asked[key]]
-        if differences:
+        changes = [f"{key}: {stored[key]} -> {asked[key]}" for key in same if stored and stored[key] != asked[key]]
+        if changes:
             raise UserError(
-                f"{self.name} in {self.shown} is a sweep of something else ({'; '.join(differences)}): give the "
-                "options as then, or a new sweep.name"
+                f"{self.name} is another sweep ({'; '.join(changes)}): give its options, or a new sweep.name"
             )
 
     def trials(self) -> list[FrozenTrial]:

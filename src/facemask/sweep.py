@@ -1,5 +1,6 @@
 """`python sweep.py`: workers that train the trials of a study, each in a process of its own; and what follows."""
 
+import errno
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from facemask.errors import UserError
 from facemask.parent import followed
 from facemask.runs.folder import RunFolder
 from facemask.runs.metrics import SCALARS
-from facemask.runs.storage import PRUNED, TRIAL, patiently
+from facemask.runs.storage import DISK_FULL, PRUNED, TRIAL, patiently
 from facemask.space import read
 from facemask.study import DEFAULT_STORAGE, HEARTBEAT, Study, finished, open_study, status
 
@@ -67,7 +68,8 @@ class Workers:
                 else:
                     self.stop.wait(2)  # one of those that others train may come free
         except Exception as error:
-            self.error = error
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            self.error = UserError(f"{self.study.folder}: {DISK_FULL}") if full else error
             self.stop.set()
 
     def _train(self, trial: FrozenTrial, worker: int) -> None:
@@ -81,10 +83,10 @@ class Workers:
             if self.stop.is_set() or code is None:
                 return
             last = next((line for line in reversed(text.splitlines()) if re.match(r"error: |[\w.]*Error", line)), "")
-            if code != 0 and ("No space left on device" in text or shutil.disk_usage(self.study.folder).free < 2**20):
-                raise UserError(f"{folder}: the disk is full; make room and give the same command again")
             if code == PRUNED:
                 return self._tell(trial, TrialState.PRUNED)
+            if code != 0 and ("No space left on device" in text or shutil.disk_usage(self.study.folder).free < 2**16):
+                raise OSError(errno.ENOSPC, text[-200:])
             if code < 0 or state == "killed" or (code == 0 and state != "finished"):
                 kills = trial.user_attrs["kills"] + 1
                 if kills > self.study.sweep["retries"]:
@@ -202,7 +204,8 @@ def main(arguments: Sequence[str]) -> None:
     cfg = read(arguments)
     study = Study(cfg)
     workers = Workers(study, cfg.n_workers, cfg.sweep.hours)
-    done = finished(study.trials())
+    trials = study.trials()
+    done = finished(trials)
     console.print(f"sweep     {study.name} in {study.shown}, {done} of {study.total} trials finished")
     console.print(f"runs      {study.folder}")
     if len(cfg.sweep.objectives) > 1:
@@ -215,16 +218,13 @@ def main(arguments: Sequence[str]) -> None:
     try:
         with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console) as progress:
             task = progress.add_task("", total=None if study.total == math.inf else study.total, completed=done)
-            while any(thread.is_alive() for thread in workers.threads):
-                try:
-                    trials = study.trials()
+            alive = True
+            while alive:  # once more when all have ended
+                alive = any(thread.is_alive() for thread in workers.threads)
+                with suppress(optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError):
+                    trials = study.trials()  # the workers tell of a storage that stays away
                     progress.update(task, completed=finished(trials), description=status(study.study, trials))
-                except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError):
-                    pass  # the workers tell of a storage that stays away
-                workers.stop.wait(1) if workers.error is None else time.sleep(0.5)
-            trials = study.trials() if workers.error is None else []
-            if trials:
-                progress.update(task, completed=finished(trials), description=status(study.study, trials))
+                workers.stop.wait(alive) if workers.error is None else time.sleep(0.5)
     except KeyboardInterrupt:
         workers.stop.set()
         for thread in workers.threads:
@@ -258,7 +258,7 @@ def finish(
     study = open_study(name, storage)
     sweep, trials = study.user_attrs["sweep"], study.get_trials(deepcopy=False)
     candidates = ranked(study)[:k]
-    used = set(sweep["seeds"])
+    used, folder, target = set(sweep["seeds"]), Path(study.user_attrs["folder"]), experiments / record_name
     fresh = list(seeds) or [max(used) + number for number in (1, 2, 3)]
     if len(study.directions) > 1:
         raise UserError(f"{name} has several objectives and so no best trial: choose one of its front, and train it")
@@ -266,11 +266,10 @@ def finish(
         raise UserError(f"{name} has no completed trial yet: {status(study, trials)}")
     if used & set(fresh):
         raise UserError(f"--seeds must be fresh, and the sweep was trained with {sorted(used & set(fresh))}")
-    if (experiments / record_name).exists():
-        raise UserError(f"{experiments / record_name} exists already and is not overwritten: choose another --record")
+    if target.exists():
+        raise UserError(f"{target} exists already and is not overwritten: choose another --record")
     if code_and_versions()[0]["git"]["dirty"] and not allow_dirty:
         raise UserError("the code has changes that are in no commit: commit them first, or give --allow-dirty")
-    folder = Path(study.user_attrs["folder"])
 
     def runs(trial: FrozenTrial, splits: str) -> list[Path]:
         options = [option for option in trial.user_attrs["options"] if not option.startswith("evaluate.splits=")]

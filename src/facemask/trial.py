@@ -39,9 +39,7 @@ class Report(pl.Callback):
         if trainer.is_global_zero:
             if self.monitor not in trainer.callback_metrics:
                 logged = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-                raise UserError(
-                    f"{self.monitor} is not logged while training, and pruning needs it: choose of {logged}"
-                )
+                raise UserError(f"{self.monitor}, which pruning needs, is not logged in training: choose of {logged}")
             value = float(trainer.callback_metrics[self.monitor])
             if not math.isfinite(value):
                 raise FloatingPointError(f"{self.monitor} is {value} after epoch {trainer.current_epoch + 1}")

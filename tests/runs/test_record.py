@@ -237,6 +237,8 @@ def test_paths_are_replaced_only_where_they_are_paths():
 
 def test_the_command(make_run, tmp_path):
     runs = [str(make_run(seed)) for seed in range(2)]
+    (tmp_path / "e" / ".a.x1.part" / "a").mkdir(parents=True)  # of a command that was killed
     result = CliRunner().invoke(app, ["record", *runs, "--name", "a", "--experiments", str(tmp_path / "e")])
     assert result.exit_code == 0, result.output
     assert read_record(tmp_path / "e" / "a").runs == ["seed0", "seed1"]
+    assert [path.name for path in (tmp_path / "e").iterdir()] == ["a"]

@@ -1,5 +1,6 @@
 """Records that were tampered with: each way is found, and named by a sentence of its own."""
 
+import copy
 import json
 import re
 import subprocess
@@ -129,7 +130,7 @@ def test_metrics_and_claims_changed_alike_are_found_by_recomputing(path):
 def test_a_wider_tolerance_and_a_claim_made_twice_are_found(path):
     claims = yaml.safe_load((path / "claims.yaml").read_text())
     claims[0]["tolerance"]["predict"] = 1.0
-    claims.append({**claims[1], "value": 0.99})
+    claims.append(copy.deepcopy({**claims[1], "value": 0.99}))
     (path / "claims.yaml").write_text(yaml.safe_dump([claims[-1], *claims[:-1]]))
     sum_again(path)
     result, output = check(path)
@@ -227,7 +228,7 @@ def test_a_truncated_parquet_file_is_named(path):
 
 def test_a_record_of_a_newer_format_is_named(path):
     edit(path / "record.json", r'"format": 1', '"format": 2')
-    with pytest.raises(UserError, match=r"is a record of format 2 and this facemask reads up to 1: update"):
+    with pytest.raises(UserError, match=r"is a record of format 2, facemask here reads up to 1: update"):
         check(path)
 
 
@@ -269,6 +270,41 @@ HERE = {
 }
 
 
+def bomb(path):
+    lines = [f"{b}: &{b} [{', '.join(['*' + a] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
+    with (path / "config.yaml").open("a") as file:
+        file.write("\n".join(["", "a: &a [x, x, x, x, x, x, x, x, x]", *lines, ""]))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (bomb, r"config\.yaml is longer than .* or has aliases"),
+        (lambda p: edit(p / "config.yaml", "resamples: 100", "resamples: 1000000000"), "at most 100,000 are drawn"),
+        (lambda p: (p / "claims.yaml").write_text("[" * 2000), r"claims\.yaml is not readable YAML"),
+        (lambda p: edit(p / "claims.yaml", r"value: [\d.]+", "value: much"), r"'value': 'much', .* which is no claim"),
+        (lambda p: edit(p / "record.json", '"seed": 1', '"seed": 2'), "has no name, runs or claims"),
+        (lambda p: (p / RUN / "metrics.json").write_text(""), r"metrics\.json is not a readable Json file"),
+        (lambda p: (p / RUN / "curves.csv").unlink(), r"curves\.csv is missing"),
+        (lambda p: (p / "versions.txt").write_bytes(b"\xff"), r"versions\.txt is not a readable Txt file"),
+        (lambda p: rewrite_predictions(p, lambda f: f.filter(regex="^(?!logit/teacher)")), "do not agree on 'logit/t"),
+        (lambda p: rewrite_predictions(p, lambda f: f.iloc[:0]), "the predictions table is empty"),
+        (lambda p: rewrite_predictions(p, lambda f: f.assign(label="mask")), "the label 'mask' is not one of"),
+    ],
+)
+def test_what_cannot_be_read_is_named_though_its_sum_is_right(path, change, sentence):
+    change(path)
+    sum_again(path)
+    with pytest.raises(UserError, match=sentence):
+        check(path)
+
+
+def test_a_file_that_no_record_has_is_found_though_it_is_in_the_sums(path):
+    (path / "face.jpg").write_bytes(b"x")
+    sum_again(path)
+    assert "FAIL   face.jpg is no part of a record" in check(path)[1]
+
+
 def test_files_missing_new_or_sums_gone_are_named(path):
     (path / "config.yaml.bak").write_text("")
     (path / "diff.patch").symlink_to("/etc/hostname")
@@ -290,7 +326,7 @@ def test_a_record_without_its_parts_ends_in_one_sentence(path):
         with pytest.raises(UserError, match="in the form that `facemask record` writes"):
             check(path)
     (path / "record.json").write_text("[1")
-    with pytest.raises(UserError, match=r"record\.json is not readable JSON"):
+    with pytest.raises(UserError, match=r"record\.json is not a readable Json file"):
         check(path)
     with pytest.raises(UserError, match=r"holds no record\.json"):
         check(path.parent / "absent")

@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 
 from facemask.errors import UserError
+from facemask.files import read_yaml
 from facemask.runs import predictions
+from facemask.runs.folder import flat
 
 NAMES = {
     "id": ("id", "path", "filename", "file", "image", "image_path"),
@@ -81,16 +83,14 @@ def _key(seed: object, fold: object) -> str:
 
 def _about(folder: Path) -> tuple[str, str | None]:
     """Seed and fold, and the reported head, of a run folder."""
-    import yaml
-
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        key = _key(config.get("seed"), (config.get("data") or {}).get("fold"))
-        return key, json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("reported_head")
-    except FileNotFoundError:
+    if not (folder / "config.yaml").exists() or not (folder / "summary.json").exists():
         return "", None
-    except (yaml.YAMLError, AttributeError, ValueError) as error:
-        raise UserError(f"{folder}: config.yaml or summary.json cannot be read; evaluate the run again") from error
+    try:
+        config = flat(read_yaml(folder / "config.yaml"))
+        reported = json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("reported_head")
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"{folder / 'summary.json'} cannot be read; evaluate the run again") from error
+    return _key(config.get("seed"), config.get("data.fold")), reported
 
 
 def _ours(path: Path, tables: Mapping[str, tuple[pd.DataFrame, list[str]]], head: str | None, split: str | None) -> Arm:
@@ -177,11 +177,8 @@ def _scores(path: Path, frame: pd.DataFrame, label: pd.Series | None) -> tuple[n
     by_class = found.get(word) or {c: c for c in numeric if c in labels or not labels}
     classes, columns = list(by_class), list(by_class.values())
     if not word and len(classes) < 2:
-        known = ", ".join(frame.columns)
-        raise UserError(
-            f"{path} has no scores that can be understood: give one column per class, logit_<class>, prob_<class> or "
-            f"<class> (columns besides names and labels: {known})"
-        )
+        none = f"{path} has no scores that can be understood (in {', '.join(frame.columns) or 'no column'})"
+        raise UserError(f"{none}: give one column per class, logit_<class>, prob_<class> or <class>")
     lists = columns[0] not in numeric
     values = _lists(path, frame[columns[0]]) if lists else frame[columns].to_numpy(dtype=np.float64)
     classes = list(map(str, range(values.shape[1]))) if lists else classes
@@ -193,11 +190,10 @@ def _scores(path: Path, frame: pd.DataFrame, label: pd.Series | None) -> tuple[n
     falling = classes != labels and (steps <= 0).all() and steps.any()
     ranks = {"index_0", "label_0", "index" if len(columns) == 1 else "index_0"} & set(frame.columns)
     if unnamed and (falling or ranks):
-        raise UserError(
-            f"{path}: {', '.join(columns)} seem to hold the best classes (top-k) in falling order, whichever they are: "
-            "give the scores of all classes in the order of the classes (timm's inference.py: --topk 0), or, if the "
-            "decision is the same for all pictures, name the columns after the classes (prob_<class>)"
+        best = (
+            f"{path}: {', '.join(columns)} seem to hold the best classes (top-k) in falling order, whichever they are"
         )
+        raise UserError(f"{best}: give all, in the order of classes (timm: --topk 0), or name the columns prob_<class>")
     if word == "prob" and not probabilities:
         raise UserError(f"{path}: the probabilities in {', '.join(columns)} are not between 0 and 1 with sum 1")
     if probabilities:
@@ -205,9 +201,7 @@ def _scores(path: Path, frame: pd.DataFrame, label: pd.Series | None) -> tuple[n
     if values.shape[1] == 1:  # of the second of two classes
         pair = ["0", "1"] if set(labels) <= {"0", "1"} else labels
         if len(pair) != 2:
-            raise UserError(
-                f"{path}: one column of scores is for two classes, the labels are {', '.join(pair)}: add one"
-            )
+            raise UserError(f"{path}: one column of scores is for two classes, the labels are {', '.join(pair)}")
         other = np.log(np.clip(-np.expm1(values), TINY, 1)) if probabilities else np.zeros_like(values)
         classes, values = pair[::-1] if classes[0] == pair[0] else pair, np.hstack([other, values])
     return values, classes, f"{'probabilities' if probabilities else 'logits'} = {', '.join(columns)}"

@@ -63,10 +63,8 @@ def verify_checkpoint(path: Path) -> None:
     content = path.read_bytes()
     whole, comment = content[:-64], content[-_COMMENT:]
     if not comment.startswith(_MARK) or hashlib.sha256(whole).hexdigest().encode() != comment[len(_MARK) :]:
-        raise UserError(
-            f"the checkpoint {path} is damaged or was not written by this project (it does not end with the sha256 of "
-            "its own bytes): restore it from a copy, or start the run again in another run_dir"
-        )
+        odd = f"the checkpoint {path} is damaged or was not written by this project (its own sha256 does not fit)"
+        raise UserError(f"{odd}: restore it from a copy, or start the run again in another run_dir")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -79,10 +77,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # unpickling raises nearly anything
-        raise UserError(
-            f"the checkpoint {path} holds something else than tensors and numbers ({type(error).__name__}); it may be "
-            "code, and none of it was run: take a checkpoint from a source that you trust"
-        ) from error
+        odd = f"the checkpoint {path} holds something else than tensors and numbers ({type(error).__name__})"
+        raise UserError(f"{odd}; it may be code, and none of it was run: take one that you trust") from error
 
 
 def checkpoint_facts(path: Path) -> dict[str, str]:

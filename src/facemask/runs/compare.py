@@ -132,10 +132,8 @@ def _pair(reference: Arm, arm: Arm, key_a: str, key_b: str) -> tuple[pd.DataFram
         a, b = _by_the_end(reference.name, a, b.index), _by_the_end(arm.name, b, a.index)
     common = a.index.intersection(b.index, sort=False)
     if not len(common):
-        raise UserError(
-            f"{reference.name} and {arm.name} have no picture in common ({a.index[0]} ..., {b.index[0]} ...): "
-            "compare predictions for the same split of the same data"
-        )
+        none = f"{reference.name} and {arm.name} have no picture in common ({a.index[0]} ..., {b.index[0]} ...)"
+        raise UserError(f"{none}: compare predictions for the same split of the same data")
     lost = {reference.name: len(a) - len(common), arm.name: len(b) - len(common)}
     a, b = a.loc[common].copy(), b.loc[common].copy()
     for one, other in ((a, b), (b, a)):
@@ -146,10 +144,8 @@ def _pair(reference: Arm, arm: Arm, key_a: str, key_b: str) -> tuple[pd.DataFram
     wrong = common[(a["label"] != b["label"]).to_numpy()]
     if len(wrong):
         some = ", ".join(f"{i} ({a['label'][i]}, {b['label'][i]})" for i in wrong[:3])
-        raise UserError(
-            f"{reference.name} and {arm.name} label {len(wrong)} of {len(common)} pictures differently: {some}"
-            f"{' ...' if len(wrong) > 3 else ''}; where the column is the model's decision, leave it out"
-        )
+        odd = f"{reference.name} and {arm.name} label {len(wrong)} of {len(common)} pictures differently: {some}"
+        raise UserError(f"{odd}; where the column is the model's decision, leave it out")
     return a, b, lost
 
 
@@ -160,10 +156,8 @@ def _name_classes(arms: Sequence[Arm]) -> list[str]:
         if set(arm.classes) == set(named.classes):
             continue
         if len(arm.classes) != len(named.classes) or not all(c.isdigit() for c in arm.classes):
-            raise UserError(
-                f"{arm.name} has the classes {', '.join(arm.classes)}, {named.name} has {', '.join(named.classes)}: "
-                "rename the columns and labels of one of them"
-            )
+            both = f"{arm.name} has the classes {', '.join(arm.classes)}, {named.name} has {', '.join(named.classes)}"
+            raise UserError(f"{both}: rename the columns and labels of one of them")
         order = dict(zip(sorted(arm.classes, key=int), named.classes, strict=True))
         for key, table in arm.runs.items():
             arm.runs[key] = table.rename(columns=order).assign(label=table["label"].replace(order))
@@ -238,10 +232,8 @@ def _matched(reference: Arm, arm: Arm) -> list[tuple[str, str]]:
         return [(key, key) for key in common]
     if len(reference.runs) == len(arm.runs) == 1:
         return [(next(iter(reference.runs)), next(iter(arm.runs)))]
-    raise UserError(
-        f"{reference.name} has {', '.join(reference.runs)}, {arm.name} has {', '.join(arm.runs)}: "
-        "runs are paired by seed and fold, and none is in both"
-    )
+    both = f"{reference.name} has {', '.join(reference.runs)}, {arm.name} has {', '.join(arm.runs)}"
+    raise UserError(f"{both}: runs are paired by seed and fold, and none is in both")
 
 
 def _weights(

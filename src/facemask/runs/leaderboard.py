@@ -63,8 +63,8 @@ def terminal(experiments: Path) -> "Table":
     from rich.table import Table
 
     table = Table(*HEADER, box=box.SIMPLE_HEAD, caption=NOTE, caption_justify="left")
-    for record in sorted(all_records(experiments), key=_order):
-        table.add_row(*_row(record))
+    for row in map(_row, sorted(all_records(experiments), key=_order)):
+        table.add_row(*row)
     return table
 
 

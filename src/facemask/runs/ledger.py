@@ -21,8 +21,7 @@ def _count(content: bytes, fingerprint: str, split: str) -> int:
             entry = json.loads(line)
         except ValueError:  # a line cut off by a crash; it can no longer be said whose it was
             continue
-        if isinstance(entry, dict) and (entry.get("fingerprint"), entry.get("split")) == (fingerprint, split):
-            count += 1
+        count += isinstance(entry, dict) and (entry.get("fingerprint"), entry.get("split")) == (fingerprint, split)
     return count
 
 
@@ -45,23 +44,15 @@ def record_opening(ledger: Path, fingerprint: str, run_dir: Path | str, command:
     Raises:
         UserError: the ledger cannot be written. Nothing of the test split should be read then.
     """
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    entry = {
-        "time": now,
-        "fingerprint": fingerprint,
-        "split": split,
-        "run_dir": str(run_dir),
-        "command": command,
-    }
-    line = json.dumps(entry).encode() + b"\n"
+    entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "fingerprint": fingerprint, "split": split}
+    line = json.dumps({**entry, "run_dir": str(run_dir), "command": command}).encode() + b"\n"
     try:
         ledger.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(ledger, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        with os.fdopen(handle, "r+b", buffering=0) as file:
+        with ledger.open("a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            content = file.readall()
-            start = b"" if content.endswith(b"\n") or not content else b"\n"
-            pending = start + line
+            file.seek(0)
+            content = file.read()
+            pending = line if content.endswith(b"\n") or not content else b"\n" + line
             while pending:
                 pending = pending[file.write(pending) :]
             os.fsync(file.fileno())

@@ -45,9 +45,7 @@ class Curves(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         assert step is not None
         self.rows.setdefault(step, {"step": step}).update(metrics)
-        self._epoch_ended = self._epoch_ended or any(
-            name.startswith("val/") or name.endswith("_epoch") for name in metrics
-        )
+        self._epoch_ended |= any(name.startswith("val/") or name.endswith("_epoch") for name in metrics)
 
     @rank_zero_only
     def continue_from(self, step: int) -> None:
@@ -124,7 +122,8 @@ class WandbLogger(pl.loggers.WandbLogger):
     """
 
     def __init__(self, mode: str, log_images: bool, **arguments: Any) -> None:
-        super().__init__(offline=mode != "online", mode=mode, **arguments)
+        # not offline=: with it Lightning sets WANDB_MODE, and further ranks and jobs would compose another config
+        super().__init__(mode=mode, **arguments)
         self._wandb_init.pop("anonymous", None)  # Lightning passes it, and W&B warns of it
         self.log_images = log_images
 
@@ -159,16 +158,11 @@ class WandbLogger(pl.loggers.WandbLogger):
                 y_true=label.tolist(), preds=decision.argmax(axis=1).tolist(), class_names=classes
             )
             run.log({f"{split}/confusion_matrix": plot})
-            worst = np.argsort(-losses(decision, label))[:12]
+            loss = losses(decision, label)
             table = wandb.Table(columns=["id", "label", "decision", "loss", *(["picture"] if self.log_images else [])])
-            for row in worst:
+            for row in np.argsort(-loss)[:12]:
                 path = rows["id"].iloc[row]
-                values = [
-                    path,
-                    rows["label"].iloc[row],
-                    classes[decision[row].argmax()],
-                    losses(decision, label)[row],
-                ]
-                table.add_data(*values, *([wandb.Image(pictures(path))] if self.log_images else []))
+                picture = [wandb.Image(pictures(path))] if self.log_images else []
+                table.add_data(path, classes[label[row]], classes[decision[row].argmax()], loss[row], *picture)
             run.log({f"{split}/worst_errors": table})
         wandb.finish()

@@ -74,6 +74,14 @@ def plot(draw: Callable[["Figure"], None], width: float = 7.6, height: float = 3
     return text
 
 
+def standalone(svg: str) -> str:
+    """What :func:`plot` made as a file of its own: in the colours of the light theme, on white."""
+    template = (Path(__file__).parent / "page.html.j2").read_text(encoding="utf-8")
+    for variable, colour in re.findall(r"(--[\w-]+): (#\w+)", template.split("@media")[0]):
+        svg = svg.replace(f"var({variable})", colour)
+    return svg.replace("<svg ", '<svg style="background: #ffffff" ', 1)
+
+
 def picture(pixels: np.ndarray, size: int = 144) -> str:
     """A data URI (JPEG) of a picture, uint8 (H, W, 3) or (H, W), its longer side at most ``size`` pixels."""
     from PIL import Image

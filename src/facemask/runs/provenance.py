@@ -25,8 +25,10 @@ def collect(overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
     import torch
 
     software, diff = code_and_versions()
+    script = Path(sys.argv[0]).resolve()  # a sweep starts it by its whole path
+    shown = script.name if script.parent == Path(__file__).resolve().parents[3] else sys.argv[0]
     provenance = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([Path(sys.executable).name, shown, *sys.argv[1:]]),
         "overrides": list(overrides),
         "hardware": {
             "processor": _processor(),

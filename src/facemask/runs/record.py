@@ -26,7 +26,7 @@ import pandas as pd
 import yaml
 
 from facemask.errors import UserError
-from facemask.files import write_json, write_text
+from facemask.files import read_yaml, write_json, write_text
 from facemask.runs import predictions
 from facemask.runs.folder import RunFolder, file_sha256, flat
 from facemask.runs.metrics import SCALARS, evaluate
@@ -36,8 +36,11 @@ from facemask.runs.report import ROWS, number, title
 FORMAT = 1
 NAME = r"\w[\w.-]*"
 MOST_BYTES = 1_000_000
-EXPERIMENTS = Path(__file__).resolve().parents[3] / "conf" / "experiment"
+MOST_RESAMPLES = 100_000
+ROOT = Path(__file__).resolve().parents[3]
 SUMS = "SHA256SUMS"
+FILES = ("README.md", "claims.yaml", "config.yaml", "pictures.parquet", "record.json", "versions.txt")
+OF_RUN = ("predictions.parquet", "metrics.json", "curves.csv")
 FACTS = ["path", "label", "group", "sha256", "bytes"]
 CLAIMED = {"accuracy": "accuracy", "balanced_accuracy": "balanced", "nll": "NLL"}
 FROM_CURVES = ("train/teacher_label_disagreement", "train/student_teacher_agreement")
@@ -70,16 +73,25 @@ class Record:
         return predictions.read_predictions(self.path / "runs" / run / "predictions.parquet")
 
     def metrics(self, run: str) -> dict[str, Any]:
-        return json.loads((self.path / "runs" / run / "metrics.json").read_text())
+        return _part(self.path / "runs" / run / "metrics.json", lambda file: json.loads(file.read_text()))
 
     def curves(self, run: str) -> pd.DataFrame:
-        return pd.read_csv(self.path / "runs" / run / "curves.csv")
+        return _part(self.path / "runs" / run / "curves.csv", pd.read_csv)
 
     def pictures(self) -> pd.DataFrame:
-        try:
-            return pd.read_parquet(self.path / "pictures.parquet")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / 'pictures.parquet'} is not a readable Parquet file (cut off?)") from error
+        return _part(self.path / "pictures.parquet", pd.read_parquet)
+
+    def text(self, name: str) -> str:
+        return _part(self.path / name, Path.read_text)
+
+
+def _part(file: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing: take the whole record") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not a readable {file.suffix[1:].title()} file (cut off?)") from error
 
 
 def read_record(path: Path) -> Record:
@@ -90,30 +102,37 @@ def read_record(path: Path) -> Record:
     """
     from facemask.config import read_config
 
-    try:
-        info = json.loads((path / "record.json").read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} holds no record.json: give a folder that `facemask record` wrote") from error
-    except ValueError as error:
-        raise UserError(f"{path / 'record.json'} is not readable JSON ({error})") from error
+    if not (path / "record.json").exists():
+        raise UserError(f"{path} holds no record.json: give a folder that `facemask record` wrote")
+    info = _part(path / "record.json", lambda file: json.loads(file.read_text()))
     version = info.get("format") if isinstance(info, dict) else None
     if not isinstance(version, int) or version < 1:
         raise UserError(f"{path / 'record.json'} names no format: it was not written by `facemask record`")
     if version > FORMAT:
-        raise UserError(
-            f"{path} is a record of format {version} and this facemask reads up to {FORMAT}: update facemask"
-        )
+        raise UserError(f"{path} is a record of format {version}, facemask here reads up to {FORMAT}: update facemask")
     config = read_config(path / "config.yaml")
-    try:
-        claims = yaml.safe_load((path / "claims.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path / 'claims.yaml'} is broken ({' '.join(str(error).split())})") from error
-    runs = info.get("runs")
+    claims, runs, resamples = read_yaml(path / "claims.yaml"), info.get("runs"), flat(config).get("evaluate.resamples")
     named = re.fullmatch(NAME, str(info.get("name"))) and isinstance(runs, dict) and runs
     # names become paths, and must not lead out of the folder
-    if not (named and all(re.fullmatch(r"(seed|fold)\d+", run) for run in runs) and isinstance(claims, list)):
+    if not (named and all(map(_is_run, runs, runs.values())) and isinstance(claims, list)):
         raise UserError(f"{path} has no name, runs or claims in the form that `facemask record` writes")
+    if odd := [claim for claim in claims if not _is_claim(claim)]:
+        raise UserError(f"{path / 'claims.yaml'} holds {str(odd[0])[:100]}, which is no claim")
+    if not (isinstance(resamples, int) and 1 <= resamples <= MOST_RESAMPLES):
+        raise UserError(
+            f"{path / 'config.yaml'}: evaluate.resamples={resamples}, but at most {MOST_RESAMPLES:,} are drawn"
+        )
     return Record(path, info, config, claims)
+
+
+def _is_run(name: str, facts: Any) -> bool:
+    right = isinstance(facts, dict) and name in (f"seed{facts.get('seed')}", f"fold{facts.get('fold')}")
+    return right and re.fullmatch(r"(seed|fold)\d+", name) is not None
+
+
+def _is_claim(claim: Any) -> bool:
+    name = claim.get("claim") if isinstance(claim, dict) else None
+    return isinstance(name, str) and isinstance(claim.get("value"), str if name.startswith("weights/") else float)
 
 
 def record_paths(experiments: Path) -> list[Path]:
@@ -255,18 +274,16 @@ def record(
     first = next(iter(runs.values()))
     git = first.provenance["git"]
     if git["commit"] is None or (git["dirty"] and not allow_dirty):
-        raise UserError(
-            f"{first.path} was trained by code that is in no commit, so nobody else has it: commit and train again, "
-            "or give --allow-dirty to record the changes with the numbers"
-        )
-    if (EXPERIMENTS / f"{name}.yaml").exists() and f"experiment={name}" not in first.provenance["overrides"]:
-        raise UserError(
-            f"--name {name} is for runs of experiment={name}, and {first.path} is none: choose another --name"
-        )
+        nobody = f"{first.path} was trained by code that is in no commit, so nobody else has it"
+        raise UserError(f"{nobody}: commit and train again, or record the changes, too, with --allow-dirty")
+    if (ROOT / f"conf/experiment/{name}.yaml").exists() and f"experiment={name}" not in first.provenance["overrides"]:
+        raise UserError(f"--name {name} is for runs of experiment={name}, and {first.path} is none: choose another")
     resamples = first.config["evaluate"]["resamples"]
     metrics = {run: evaluate(part.frame, part.classes, resamples=resamples) for run, part in runs.items()}
     experiments.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=experiments, prefix=f".{name}.") as made:
+    for leftover in experiments.glob(f".{name}.*.part"):  # of one that was killed
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(dir=experiments, prefix=f".{name}.", suffix=".part") as made:
         scratch = Path(made) / name
         for run, part in runs.items():
             folder = scratch / "runs" / run
@@ -291,13 +308,25 @@ def record(
         files = sorted(file.relative_to(scratch).as_posix() for file in scratch.rglob("*") if file.is_file())
         if (size := sum((scratch / file).stat().st_size for file in files)) > MOST_BYTES:
             largest = max(files, key=lambda file: (scratch / file).stat().st_size)
-            raise UserError(
-                f"the record would take {size:,} bytes (most of them {largest}) and may take {MOST_BYTES:,}: record "
-                "fewer runs under one name, or runs with evaluate.splits=[test]"
-            )
+            much = f"the record would take {size:,} bytes (most of them {largest}) and may take {MOST_BYTES:,}"
+            raise UserError(f"{much}: record fewer runs under one name, or runs with evaluate.splits=[test]")
         write_text(scratch / SUMS, "".join(f"{file_sha256(scratch / file)}  {file}\n" for file in files))
         scratch.replace(target)  # whole or not at all
     return target
+
+
+def describe_run(
+    path: Path, fingerprint: Callable[[pd.DataFrame], str]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What record.json, config.yaml and the metrics of each run would be in a record of one finished run.
+
+    Raises:
+        UserError: the run is not finished, or was changed.
+    """
+    runs = _named([_read_run(path, fingerprint)])
+    ((name, part),) = runs.items()
+    metrics = {name: evaluate(part.frame, part.classes, resamples=part.config["evaluate"]["resamples"])}
+    return _info(part.summary["name"], runs, metrics, _pictures(runs), ""), part.config, metrics
 
 
 def _read_run(path: Path, fingerprint: Callable[[pd.DataFrame], str]) -> _Run:
@@ -344,10 +373,8 @@ def _named(parts: list[_Run]) -> dict[str, _Run]:
         keys |= {f"versions.{name}" for name in old.keys() & new.keys() if old[name] != new[name]}
         keys |= {name for name in ("classes", "diff") if getattr(part, name) != getattr(first, name)}
         if keys:
-            raise UserError(
-                f"{part.path} and {first.path} differ in {', '.join(sorted(keys)[:5])}: runs of one record may differ "
-                "only in seed or data.fold; record them under names of their own"
-            )
+            odd = f"{part.path} and {first.path} differ in {', '.join(sorted(keys)[:5])}"
+            raise UserError(f"{odd}: runs of one record may differ in seed or data.fold alone; use several names")
     seeds, folds = {part.config["seed"] for part in parts}, {part.fold for part in parts}
     if len(seeds) > 1 and len(folds) > 1:
         raise UserError("the runs differ in seed and in data.fold: a record is over seeds or over folds, not both")

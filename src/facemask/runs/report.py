@@ -37,6 +37,7 @@ TITLES = {
 SHOWN = {"accuracy": "accuracy, %", "balanced_accuracy": "balanced, %", "auroc": "AUROC", "nll": "NLL", "ece": "ECE"}
 DEGENERATE = 0.005
 WORST = 12
+Pictures = Callable[[str], np.ndarray]  # id -> pixels
 # {split: {head: {metric: {value, low, high}}}}, as facemask.runs.metrics.evaluate returns it.
 Metrics = Mapping[str, Mapping[str, Any]]
 
@@ -96,7 +97,7 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
-def run_report(run_dir: Path, *, pictures: Callable[[str], np.ndarray] | None) -> Path:
+def run_report(run_dir: Path, *, pictures: Pictures | None) -> Path:
     """Write ``report.html`` from a run folder that is otherwise complete; returns its path.
 
     Args:
@@ -108,22 +109,25 @@ def run_report(run_dir: Path, *, pictures: Callable[[str], np.ndarray] | None) -
         json.loads((run_dir / f"{name}.json").read_text()) for name in ("metrics", "summary", "provenance")
     )
     chosen = summary["reported_head"]
-    page = Page(summary["name"], _lead(metrics, chosen))
-    _results(page, metrics, summary, chosen)
+    page = Page(summary["name"], lead(metrics, chosen))
+    results(page, metrics, summary, chosen)
     _curves(page, run_dir / "curves.csv")
-    _confusion(page, metrics, chosen, classes)
+    confusion(page, metrics, chosen, classes)
     _reliability(page, frame, chosen, classes)
-    _per_class(page, metrics, chosen)
-    _worst(page, frame, chosen, classes, pictures)
+    per_class(page, metrics, chosen)
+    worst(page, frame, chosen, classes, pictures)
     _data(page, summary["data"])
     if summary["distillation"]:
         _distillation(page, summary["distillation"])
     _training(page, summary["training"])
-    _provenance(page, provenance, run_dir / "config.yaml")
+    page.heading("Provenance")
+    page.code(provenance["command"])
+    page.table([], [[name, _cell(value)] for name, value in flat(provenance).items() if name != "command"])
+    page.code((run_dir / "config.yaml").read_text(encoding="utf-8"), folded="config.yaml")
     return page.write(run_dir / "report.html")
 
 
-def _lead(metrics: Metrics, chosen: str) -> str:
+def lead(metrics: Metrics, chosen: str) -> str:
     split = "test" if "test" in metrics else list(metrics)[-1]
     entry = metrics[split][chosen]
     floor = number(metrics[split].get("no_pixels", {}).get("accuracy"), percent=True)
@@ -132,7 +136,7 @@ def _lead(metrics: Metrics, chosen: str) -> str:
     return f"{accuracy} · {title(chosen, _heads(metrics))} · {pictures}"
 
 
-def _results(page: Page, metrics: Metrics, summary: Mapping[str, Any], chosen: str) -> None:
+def results(page: Page, metrics: Metrics, summary: Mapping[str, Any], chosen: str) -> None:
     page.heading("Results")
     for note in summary["notes"]:
         page.note(note)
@@ -163,7 +167,7 @@ def _curves(page: Page, path: Path) -> None:
     for column in sorted(names, key=lambda name: name.endswith("_epoch")):  # of steps and epochs, the epochs stay
         prefix, _, rest = column.rpartition("/") if column.startswith(("train/", "val/")) else ("", "", column)
         panels.setdefault(re.sub(r"_(epoch|step)$", "", rest), {})[prefix] = column
-    order = sorted(panels, key=lambda name: {"loss": 0, "accuracy": 1, "acc": 1}.get(name, 2))
+    order = sorted(panels, key=lambda name: {"loss": 0, "accuracy": 1}.get(name, 2))
     width = min(3, len(panels))
     lines = -(-len(panels) // width)
 
@@ -186,7 +190,7 @@ def _curves(page: Page, path: Path) -> None:
     page.figure(plot(draw, 2.9 * width, 2.3 * lines), "Curves as logged while training.")
 
 
-def _confusion(page: Page, metrics: Metrics, chosen: str, classes: Sequence[str]) -> None:
+def confusion(page: Page, metrics: Metrics, chosen: str, classes: Sequence[str]) -> None:
     page.heading("Confusion matrix")
     for split, entries in metrics.items():
         counts = entries[chosen]["confusion"]
@@ -221,7 +225,7 @@ def _reliability(page: Page, frame: pd.DataFrame, chosen: str, classes: Sequence
     )
 
 
-def _per_class(page: Page, metrics: Metrics, chosen: str) -> None:
+def per_class(page: Page, metrics: Metrics, chosen: str) -> None:
     page.heading("Per class")
     rows: list[list[Cell]] = []
     for split, entries in metrics.items():
@@ -231,21 +235,11 @@ def _per_class(page: Page, metrics: Metrics, chosen: str) -> None:
     page.table(["split", "class", "precision", "recall", "F1", "support"], rows)
 
 
-def _worst(
-    page: Page,
-    frame: pd.DataFrame,
-    chosen: str,
-    classes: Sequence[str],
-    pictures: Callable[[str], np.ndarray] | None,
-) -> None:
-    logits = predictions.logits(frame, chosen, classes)
-    decided = logits.argmax(axis=1)
-    labels = _labels(frame, classes)
-    table = frame[["id", "split", "label"]].assign(
-        loss=metrics_module.losses(logits, labels),
-        decided=[classes[i] for i in decided],
-        confidence=np.exp(-metrics_module.losses(logits, decided)),
-    )
+def worst(page: Page, frame: pd.DataFrame, chosen: str, classes: Sequence[str], pictures: Pictures | None) -> None:
+    logits, labels = predictions.logits(frame, chosen, classes), _labels(frame, classes)
+    decided, losses = logits.argmax(axis=1), metrics_module.losses
+    table = frame[["id", "split", "label"]].assign(loss=losses(logits, labels), decided=np.array(classes)[decided])
+    table["confidence"] = np.exp(-losses(logits, decided))
     wrong = table[decided != labels].sort_values(["loss", "id"], ascending=[False, True])
     page.heading("Worst errors")
     for split in frame["split"].unique():
@@ -260,13 +254,11 @@ def _worst(
             page.table(["picture", "label", "decided", "confidence", "loss"], rows)
 
 
-def _thumbnails(rows: Sequence[Any], pictures: Callable[[str], np.ndarray]) -> list[tuple[np.ndarray, str]]:
+def _thumbnails(rows: Sequence[Any], pictures: Pictures) -> list[tuple[np.ndarray, str]]:
     """Pixels and captions; none where a picture is gone, so that a report can be written without the data."""
+    said = [f"{r.decided} {r.confidence:.0%}\nlabel {r.label}\n{r.id.rpartition('/')[2]}" for r in rows]
     try:
-        return [
-            (pictures(r.id), f"{r.decided} {r.confidence:.0%}\nlabel {r.label}\n{r.id.rpartition('/')[2]}")
-            for r in rows
-        ]
+        return [(pictures(r.id), text) for r, text in zip(rows, said, strict=True)]
     except (OSError, KeyError, UserError):
         return []
 
@@ -327,10 +319,3 @@ def _training(page: Page, training: Mapping[str, Any]) -> None:
         if part:
             page.code(hugging_face_metrics(split, part))
     page.table([], [[name, _cell(value)] for name, value in training.items() if not isinstance(value, int | float)])
-
-
-def _provenance(page: Page, provenance: Mapping[str, Any], config: Path) -> None:
-    page.heading("Provenance")
-    page.code(provenance["command"])
-    page.table([], [[name, _cell(value)] for name, value in flat(provenance).items() if name != "command"])
-    page.code(config.read_text(encoding="utf-8"), folded="config.yaml")

@@ -14,7 +14,17 @@ import pandas as pd
 
 from facemask.errors import UserError
 from facemask.runs.metrics import evaluate
-from facemask.runs.record import Record, audit, make_claims, mean_interval, readme, summarise
+from facemask.runs.record import (
+    FILES,
+    OF_RUN,
+    SUMS,
+    Record,
+    audit,
+    make_claims,
+    mean_interval,
+    readme,
+    summarise,
+)
 
 EXACT = 1e-9
 EXIT_CODES = {"FAIL": 1, "ERROR": 2, "DRIFT": 3, "PASS": 0}  # the worst first
@@ -43,8 +53,13 @@ def same(first: Any, second: Any) -> bool:
 
 def recompute(record: Record) -> dict[str, dict[str, Any]]:
     """Metrics of every run from its stored predictions."""
+    tables = {run: record.predictions(run) for run in record.runs}
+    columns = set(next(iter(tables.values()))[0].columns.astype(str))
+    for run, (frame, _) in tables.items():
+        if odd := columns ^ set(frame.columns.astype(str)):
+            raise UserError(f"{record.path}: the predictions of {run} and others do not agree on {sorted(odd)[0]!r}")
     resamples = record.config["evaluate"]["resamples"]
-    return {run: evaluate(*record.predictions(run), resamples=resamples) for run in record.runs}
+    return {run: evaluate(*table, resamples=resamples) for run, table in tables.items()}
 
 
 def check_claims(record: Record, metrics: Mapping[str, Any]) -> list[Verdict]:
@@ -70,6 +85,11 @@ def check_claims(record: Record, metrics: Mapping[str, Any]) -> list[Verdict]:
 def contradictions(record: Record, metrics: Mapping[str, Any], fingerprint: Callable[[pd.DataFrame], str]) -> list[str]:
     """Where the files of a record contradict each other, one sentence each: found even if every sum was redone."""
     found, pictures, info = [], record.pictures(), record.info
+    known = {*FILES, SUMS, *(f"runs/{run}/{name}" for run in info["runs"] for name in OF_RUN)}
+    known |= {"diff.patch"} if info["git"]["dirty"] else set()
+    files = (file for file in record.path.rglob("*") if file.is_symlink() or not file.is_dir())
+    there = {file.relative_to(record.path).as_posix() for file in files}
+    found += [f"{name} is no part of a record" for name in sorted(there - known)]
     for run, facts in info["runs"].items():
         place = f"runs/{run}/predictions.parquet"
         used = pictures[pictures[f"split/{run}"].notna()].rename(columns={f"split/{run}": "split"})
@@ -91,7 +111,7 @@ def contradictions(record: Record, metrics: Mapping[str, Any], fingerprint: Call
         found += [f"record.json: {run}.audit.{text}" for text in _differing(facts["audit"], audit(pictures, run))]
     follows = {"summary": summarise(metrics), "test_opened": max(run["test_opened"] for run in info["runs"].values())}
     found += [f"record.json: {text}" for text in _differing({key: info[key] for key in follows}, follows)]
-    if (record.path / "README.md").read_text() != readme(record):
+    if record.text("README.md") != readme(record):
         found.append("README.md is not what follows from claims.yaml and record.json")
     return found
 
@@ -194,7 +214,7 @@ def software_differences(record: Record, here: Mapping[str, Any]) -> list[str]:
     if here["git"]["trees"] != git["trees"] or here["git"]["dirty"] or git["dirty"]:
         state = " with uncommitted changes" if here["git"]["dirty"] else ""
         lines.append(f"code: commit {here['git']['commit']}{state} here, {git['commit']} in the record")
-    stored = (record.path / "versions.txt").read_text().splitlines()
+    stored = record.text("versions.txt").splitlines()
     versions = {"python": record.info["platform"]["python"], **dict(line.partition("==")[::2] for line in stored)}
     now = {"python": here["platform"]["python"], **here["versions"]}
     other = [(name, now.get(name, "not installed"), old) for name, old in versions.items() if now.get(name) != old]

@@ -57,12 +57,12 @@ def sign_flip(values: np.ndarray, rng: np.random.Generator, flips: int) -> float
     return float(found.pvalue)
 
 
-def wald(value: float, error: float, p: float = NAN) -> Estimate:
+def wald(value: float, error: float) -> Estimate:
     """95 % interval of a difference with the given standard error."""
     from scipy.stats import norm
 
     reach = float(norm.ppf(1 - LEVEL / 2)) * error
-    return Estimate(value, value - reach, value + reach, error, p)
+    return Estimate(value, value - reach, value + reach, error)
 
 
 def mean_difference(difference: np.ndarray, group: np.ndarray, rng: np.random.Generator, resamples: int) -> Estimate:

@@ -10,6 +10,7 @@ from facemask.errors import UserError
 
 PRUNED = 4  # exit code of a run that was pruned
 TRIAL = "FACEMASK_TRIAL"  # variable with what `facemask.trial.Report` needs; a config would be published
+DISK_FULL = "the disk is full; make room and give the same command again"
 PATIENCE = 300.0  # seconds that a storage may be away
 T = TypeVar("T")
 
@@ -39,9 +40,8 @@ def hidden(url: str) -> str:
     try:
         return make_url(url).render_as_string(hide_password=True)
     except ArgumentError as error:
-        raise UserError(
-            "sweep.storage is no URL of a database: give sqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE"
-        ) from error
+        known = "sqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE"
+        raise UserError(f"sweep.storage is no URL of a database: give {known}") from error
 
 
 def patiently(call: Callable[[], T], what: str, patience: float | None = None) -> T:
@@ -63,13 +63,12 @@ def patiently(call: Callable[[], T], what: str, patience: float | None = None) -
             return call()
         except (StorageInternalError, sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError) as error:
             reason = " ".join(str(error.__cause__ or error).split("\n(Background")[0].split())[:200]
+            away = f"{what} cannot be reached ({reason})"
             if "disk is full" in reason or "No space left" in reason:
-                raise UserError(f"{what}: the disk is full; make room and give the same command again") from error
+                raise UserError(f"{what}: {DISK_FULL}") from error
             if time.monotonic() - start >= (PATIENCE if patience is None else patience):
-                raise UserError(
-                    f"{what} cannot be reached ({reason}): nothing is lost, give the same command again when it is back"
-                ) from error
+                raise UserError(f"{away}: nothing is lost, give the same command again when it is back") from error
             if not said:
-                print(f"note: {what} cannot be reached ({reason}), trying again", file=sys.stderr, flush=True)
+                print(f"note: {away}, trying again", file=sys.stderr, flush=True)
                 said = True
             time.sleep(2)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,14 @@ from facemask.runs.page import MUTED, SERIES, Cell, Page, format_cell, plot
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Draw = Callable[["Figure", Sequence[str], str], None]  # figure, colours of series, muted colour
+Draw = Callable[["Figure", str, str], None]  # figure, colour, muted colour
 
 
 def ranked(study: optuna.Study) -> list[FrozenTrial]:
     """Completed trials, the best first; with several objectives those of the Pareto front come first."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    front = {trial.number for trial in study.best_trials} if complete else set()
     if len(study.directions) > 1:
-        front = {trial.number for trial in study.best_trials}
         return sorted(complete, key=lambda trial: (trial.number not in front, trial.number))
     sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
     return sorted(complete, key=lambda trial: (sign * trial.values[0], trial.number))
@@ -44,49 +45,48 @@ def show(study: optuna.Study, folder: Path, console: Console) -> Path:
     counts = {state: sum(trial.state == state for trial in trials) for state in TrialState}
     said = ", ".join(f"{count} {state.name.lower()}" for state, count in counts.items() if count)
     page = Page(f"Sweep {study.study_name}", f"{len(trials)} trials looked at on the validation split: {said}.")
+
+    def figure(heading: str, name: str, draw: Draw, height: float, caption: str) -> None:
+        from matplotlib.figure import Figure
+
+        page.heading(heading)
+        page.figure(plot(lambda empty: draw(empty, SERIES[0], MUTED), height=height), caption)
+        png = Figure(figsize=(7.6, height), layout="constrained")
+        draw(png, "C0", "0.6")
+        png.savefig(folder / f"{name}.png", dpi=150)
+
+    front = len(study.best_trials) if best else 0
     page.heading("Trials")
-    strong = [number for number, trial in enumerate(trials) if best and trial in study.best_trials]
-    page.table(columns, rows, "The best first; a pruned trial has the value it was pruned at.", strong=strong)
+    page.table(columns, rows, "The best first; a pruned trial has the value it was pruned at.", strong=range(front))
     for index, name in enumerate(names):
-        importance = _importance(study, index)
-        if importance:
-            page.heading(f"Importance for {name}")
-            draw = _bars(importance)
-            _figure(page, folder, f"importance{index or ''}", draw, 0.6 + 0.3 * len(importance), "Share of the "
-                    "variance (fANOVA) that is due to a parameter, if every completed trial has it.")  # fmt: skip
+        if importance := importance_of(study, index):
+            figure(f"Importance for {name}", f"importance{index or ''}", partial(bars, importance),
+                   0.6 + 0.3 * len(importance), "Share of the variance (fANOVA) that is due to a parameter, if every "
+                   "completed trial has it.")  # fmt: skip
         if best:
-            page.heading(f"Slices of {name}")
-            height = 2.4 * math.ceil(len(params) / 3)
-            _figure(page, folder, f"slices{index or ''}", _slices(best, params, index, name), height,
-                    "Every completed trial, by one parameter at a time.")  # fmt: skip
+            figure(f"Slices of {name}", f"slices{index or ''}", partial(_slices, best, params, index, name),
+                   2.4 * math.ceil(len(params) / 3), "Every completed trial, by one parameter at a time.")  # fmt: skip
     if len(best) > 1:
-        page.heading("Parallel coordinates")
-        _figure(page, folder, "parallel", _parallel(best, params, names), 3.2,
-                "Each line a completed trial, each axis the range of a parameter or of a "
-                "value; coloured: the best fifth.")  # fmt: skip
+        good = front if len(names) > 1 else math.ceil(len(best) / 5)
+        figure("Parallel coordinates", "parallel", partial(parallel, best, params, names, good), 3.2,
+               "Each line a completed trial, each axis the range of a parameter or of a value; coloured: "
+               + ("the Pareto front." if len(names) > 1 else "the best fifth."))  # fmt: skip
     if len(names) > 1 and best:
-        page.heading("Pareto front")
-        front = {trial.number for trial in study.best_trials}
-        _figure(page, folder, "pareto", _pareto(best, front, names), 3.6, "Coloured: trials that no other one beats "
-                "in all objectives.")  # fmt: skip
+        figure("Pareto front", "pareto", partial(_pareto, best, front, names), 3.6,
+               "Coloured: trials that no other one beats in all objectives.")  # fmt: skip
     return page.write(folder / "sweep.html")
 
 
 def _row(trial: FrozenTrial, objectives: int, params: Sequence[str]) -> list[Cell]:
     pruned = trial.state == TrialState.PRUNED and trial.intermediate_values
     values = trial.values or ([trial.intermediate_values[max(trial.intermediate_values)]] if pruned else [])
-    return [
-        trial.number,
-        trial.state.name.lower(),
-        *(values or [None] * objectives),
-        *(trial.params.get(key) for key in params),
-        trial.duration.total_seconds() if trial.duration else None,
-        trial.user_attrs.get("kills"),
-        trial.user_attrs.get("reason", "")[:200],
-    ]
+    seconds = trial.duration.total_seconds() if trial.duration else None
+    facts = trial.user_attrs.get("kills"), trial.user_attrs.get("reason", "")[:200]
+    shown = [*(values or [None] * objectives), *map(trial.params.get, params)]
+    return [trial.number, trial.state.name.lower(), *shown, seconds, *facts]
 
 
-def _importance(study: optuna.Study, index: int) -> dict[str, float]:
+def importance_of(study: optuna.Study, index: int) -> dict[str, float]:
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     try:
         return optuna.importance.get_param_importances(
@@ -96,78 +96,68 @@ def _importance(study: optuna.Study, index: int) -> dict[str, float]:
         return {}
 
 
-def _figure(page: Page, folder: Path, name: str, draw: Draw, height: float, caption: str) -> None:
-    from matplotlib.figure import Figure
-
-    page.figure(plot(lambda figure: draw(figure, SERIES, MUTED), height=height), caption)
-    figure = Figure(figsize=(7.6, height), layout="constrained")
-    draw(figure, [f"C{number}" for number in range(6)], "0.6")
-    figure.savefig(folder / f"{name}.png", dpi=150)
+def bars(importance: dict[str, float], figure: "Figure", colour: str, muted: str) -> None:
+    axes = figure.subplots()
+    axes.barh(list(importance)[::-1], list(importance.values())[::-1], color=colour)
+    axes.set_xlim(0, 1)
 
 
-def _bars(importance: dict[str, float]) -> Draw:
-    def draw(figure: "Figure", series: Sequence[str], muted: str) -> None:
-        axes = figure.subplots()
-        axes.barh(list(importance)[::-1], list(importance.values())[::-1], color=series[0])
-        axes.set_xlim(0, 1)
+def _slices(
+    best: list[FrozenTrial], params: Sequence[str], index: int, name: str, figure: "Figure", colour: str, muted: str
+) -> None:
+    from matplotlib.ticker import NullFormatter
 
-    return draw
-
-
-def _slices(best: list[FrozenTrial], params: Sequence[str], index: int, name: str) -> Draw:
-    def draw(figure: "Figure", series: Sequence[str], muted: str) -> None:
-        grid = figure.subplots(math.ceil(len(params) / 3), 3, squeeze=False, sharey=True)
-        for number, axes in enumerate(grid.flat):
-            if number >= len(params):
-                axes.set_visible(False)
-                continue
-            key = params[number]
-            with_it = [trial for trial in best if key in trial.params]
-            axes.scatter([t.params[key] for t in with_it], [t.values[index] for t in with_it], s=14, color=series[0])
-            axes.set_title(key)
-            dist: Any = with_it[0].distributions[key] if with_it else None
-            if hasattr(dist, "low"):
-                axes.set_xscale("log" if dist.log else "linear")
-                axes.set_xlim(dist.low, dist.high)
-            if number % 3 == 0:
-                axes.set_ylabel(name)
-
-    return draw
+    grid = figure.subplots(math.ceil(len(params) / 3), 3, squeeze=False, sharey=True)
+    for axes in grid.flat[len(params) :]:
+        axes.set_visible(False)
+    for key, axes in zip(params, grid.flat, strict=False):
+        with_it = [trial for trial in best if key in trial.params]
+        axes.scatter([t.params[key] for t in with_it], [t.values[index] for t in with_it], s=14, color=colour)
+        axes.set_title(key)
+        dist: Any = with_it[0].distributions[key] if with_it else None
+        if hasattr(dist, "low"):
+            axes.set_xscale("log" if dist.log else "linear")
+            axes.set_xlim(dist.low, dist.high)
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.collections[0].set_clip_on(False)  # trials at an end of the range are seen whole
+    for axes in grid[:, 0]:
+        axes.set_ylabel(name)
 
 
-def _parallel(best: list[FrozenTrial], params: Sequence[str], names: Sequence[str]) -> Draw:
-    def position(trial: FrozenTrial, key: str) -> float:
-        if key not in trial.params:
-            return math.nan
-        dist: Any = trial.distributions[key]
-        if hasattr(dist, "choices"):
-            return dist.choices.index(trial.params[key]) / max(1, len(dist.choices) - 1)
-        low, high, value = (math.log(x) if dist.log else x for x in (dist.low, dist.high, trial.params[key]))
-        return (value - low) / ((high - low) or 1)
-
-    def draw(figure: "Figure", series: Sequence[str], muted: str) -> None:
-        axes = figure.subplots()
-        ends = [(min(column), max(column)) for column in zip(*(trial.values for trial in best), strict=True)]
-        for place, trial in reversed(list(enumerate(best))):
-            values = [(v - low) / ((high - low) or 1) for v, (low, high) in zip(trial.values, ends, strict=True)]
-            good = place < math.ceil(len(best) / 5)
-            heights = [*(position(trial, key) for key in params), *values]
-            axes.plot(heights, color=series[0] if good else muted, alpha=0.9 if good else 0.4, marker=".", lw=1.2)
-        axes.set_xticks(range(len(params) + len(names)), [*params, *names], rotation=20, ha="right")
-        axes.set_yticks([])
-
-    return draw
+def _position(trial: FrozenTrial, key: str) -> float:
+    """Of a trial's parameter on its axis, from 0 to 1; nan where the trial has none."""
+    if key not in trial.params:
+        return math.nan
+    dist: Any = trial.distributions[key]
+    if hasattr(dist, "choices"):
+        return dist.choices.index(trial.params[key]) / max(1, len(dist.choices) - 1)
+    low, high, value = (math.log(x) if dist.log else x for x in (dist.low, dist.high, trial.params[key]))
+    return (value - low) / ((high - low) or 1)
 
 
-def _pareto(best: list[FrozenTrial], front: set[int], names: Sequence[str]) -> Draw:
-    def draw(figure: "Figure", series: Sequence[str], muted: str) -> None:
-        axes = figure.subplots()
-        for trial in best:
-            on_front = trial.number in front
-            axes.scatter(
-                trial.values[0], trial.values[1], s=22, color=series[0] if on_front else muted, zorder=2 + on_front
-            )
-        axes.set_xlabel(names[0])
-        axes.set_ylabel(names[1])
+def parallel(
+    best: list[FrozenTrial],
+    params: Sequence[str],
+    names: Sequence[str],
+    good: int,
+    figure: "Figure",
+    colour: str,
+    muted: str,
+) -> None:
+    axes = figure.subplots()
+    ends = [(min(column), max(column)) for column in zip(*(trial.values for trial in best), strict=True)]
+    for place, trial in reversed(list(enumerate(best))):
+        values = [(v - low) / ((high - low) or 1) for v, (low, high) in zip(trial.values, ends, strict=True)]
+        heights, strong = [*(_position(trial, key) for key in params), *values], place < good
+        axes.plot(heights, color=colour if strong else muted, alpha=0.9 if strong else 0.4, marker=".", lw=1.2)
+    axes.set_xticks(range(len(params) + len(names)), [*params, *names], rotation=20, ha="right")
+    axes.set_yticks([])
 
-    return draw
+
+def _pareto(
+    best: list[FrozenTrial], front: int, names: Sequence[str], figure: "Figure", colour: str, muted: str
+) -> None:
+    axes = figure.subplots()
+    for part, shade in ((best[front:], muted), (best[:front], colour)):
+        axes.scatter([trial.values[0] for trial in part], [trial.values[1] for trial in part], s=22, color=shade)
+    axes.set(xlabel=names[0], ylabel=names[1])
