@@ -14,26 +14,28 @@ from typer.testing import CliRunner
 
 from facemask.audit import baselines
 from facemask.cli import app
-from facemask.config import as_plain, check_targets, read_config
+from facemask.config import ROOT, as_plain, check_targets, read_config
 from facemask.data import synthetic
 from facemask.errors import UserError
 from facemask.evaluate import (
-    CONF,
     build_data,
     compare_predictions,
     evaluate,
     find_teacher,
     load_run,
+    picture_attributes,
     predict_splits,
+    read_attributes,
 )
 from facemask.files import write_json, write_text
 from facemask.modeling.classifier import Classifier
-from facemask.runs import metrics, predictions
+from facemask.runs import calibration, metrics, predictions
 from facemask.runs.checkpoints import checkpoint_facts, write_checkpoint
 from facemask.runs.folder import RunFolder
 from facemask.runs.ledger import openings
 
 CPU = torch.device("cpu")
+CONF = ROOT / "conf"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def place(tmp_path_factory):
     frame = frame.merge(baselines(data.table, ["val", "test"], place / "cache"), on=predictions.COLUMNS)
     predictions.write_predictions(folder.path / "predictions.parquet", frame, data.classes)
     write_json(folder.path / "metrics.json", metrics.evaluate(frame, data.classes, resamples=200))
-    write_json(folder.path / "summary.json", {"reported_head": "mean", "distillation": {}})
+    write_json(folder.path / "summary.json", {"name": "a run", "reported_head": "mean", "distillation": {}})
     write_json(folder.path / "status.json", {"state": "finished"})
     return place
 
@@ -161,6 +163,95 @@ def test_other_pictures_near_duplicates_and_the_drop(place, run, other, capsys):
     assert len(kept) == 24
     pd.testing.assert_frame_equal(kept, frame[~frame["id"].str.contains("copy")].reset_index(drop=True))
     assert openings(ledger, facts["fingerprint"], "other") == 2
+
+
+def test_calibration_threshold_and_worst_groups_of_other_pictures(place, run, other, tmp_path, capsys):
+    paths = sorted(file.relative_to(other).as_posix() for file in other.glob("*/*.*"))
+    kind = ["copy" if "copy" in path else "drawn" for path in paths]
+    pd.DataFrame({"path": paths, "kind": kind}).to_csv(tmp_path / "kinds.csv", index=False)
+    given = options(place, "data=folder", f"data.root={other}")
+    folder = evaluate(run, given, name="all", cost="10:1", positive="with_mask", attributes=tmp_path / "kinds.csv")
+    facts = facts_of(folder)
+    frame, classes = predictions.read_predictions(folder / "predictions.parquet")
+    stored, _ = predictions.read_predictions(run / "predictions.parquet")
+    val = stored[stored["split"] == "val"]
+    logits, labels = predictions.logits(val, "mean", classes), val["label"].map(classes.index).to_numpy()
+    temperature = calibration.fit_temperature(logits, labels)
+    found = facts["calibration"]["other"]["mean"]
+    assert found["temperature"] == pytest.approx(temperature)
+    now, index = predictions.logits(frame, "mean", classes), frame["label"].map(classes.index).to_numpy()
+    groups = frame["group"].to_numpy()
+    for name, scaled in (("before", now), ("after", now / temperature)):
+        expected = metrics.scalar_metrics(scaled, index, groups, resamples=200)
+        assert found[name]["ece"] == pytest.approx(expected["ece"])
+    p = calibration.softmax(now, temperature)
+    curve = pd.read_csv(folder / "risk_coverage.csv").query("head == 'mean'")
+    assert len(curve) == len(set(p.max(axis=1)))
+    assert curve["risk"].iloc[-1] == pytest.approx((now.argmax(axis=1) != index).mean())
+
+    # chosen on validation, told of the others; class 0 is positive
+    threshold = calibration.cost_threshold(calibration.softmax(logits, temperature)[:, 0], labels == 0, 10, 1)
+    assert facts["cost"]["chosen"]["evaluated"] == calibration.at_threshold(p[:, 0], index == 0, threshold, 10, 1)
+    assert facts["cost"]["chosen"]["validation"]["of_positives"] == (labels == 0).sum()
+
+    table = pd.read_csv(folder / "groups.csv").set_index(["attribute", "value"])
+    drawn = table.loc["kind", "drawn"]
+    hits = (now.argmax(axis=1) == index)[~frame["id"].str.contains("copy")]
+    assert (drawn["n"], drawn["accuracy"]) == (24, pytest.approx(hits.mean()))
+    assert table.loc["kind", "1 value(s) of fewer than 20 pictures each"]["n"] == 5
+    page = (folder / "evaluation.html").read_text()
+    for text in ("Calibration", "Risk and coverage", "Missing a with_mask costs 10", "Worst groups", "kind"):
+        assert text in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("https://www.w3.org", "")
+    told = capsys.readouterr().out
+    assert "threshold with_mask from p >= " in told
+    assert "worst groups of other" in told
+
+
+def test_attributes_of_pictures(place, tmp_path):
+    cfg, _, _ = load_run(place / "run")
+    data = build_data(cfg.data)
+    data.prepare(["test"])
+    ids = data.table["path"].tolist()[:7]
+    pd.DataFrame({"path": ids[:3], "light": [1, 2, 3]}).to_csv(tmp_path / "a.csv", index=False)
+    found = picture_attributes(data, ids, read_attributes(tmp_path / "a.csv"))
+    sizes = [min(cv2.imread(str(place / "faces" / path)).shape[:2]) for path in ids]
+    assert found["short side, px"].tolist() == sizes
+    assert found["light"].tolist()[:3] == [1, 2, 3]
+    assert found["light"].isna().tolist() == [False] * 3 + [True] * 4
+    assert set(found["format"]) <= {"JPEG", "PNG"}
+    assert not {"path", "label", "sha256", "group", "split"} & found.keys()
+    pixels = data.pixels[data.cache_rows[0]]
+    assert found["brightness"][0] == pytest.approx(pixels.mean())
+    (tmp_path / "b.csv").write_text("path,x\na,1\na,2\n")
+    with pytest.raises(UserError, match="names every picture once"):
+        read_attributes(tmp_path / "b.csv")
+    with pytest.raises(UserError, match="is not a readable CSV file"):
+        read_attributes(tmp_path / "nowhere.csv")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"cost": "10"}, "--cost 10: give what a false negative and a false positive cost, such as 10:1"),
+        ({"cost": "0:1"}, "--cost 0:1"),
+        ({"cost": "1:nan"}, "--cost 1:nan"),
+        ({"positive": "mask"}, "--positive mask is no class of the run: choose one of with_mask, without_mask"),
+    ],
+)
+def test_wrong_costs(place, run, given, sentence):
+    with pytest.raises(UserError, match=sentence):
+        evaluate(run, options(place), **given)
+    assert not (run / "evaluations").exists()
+
+
+def test_without_validation_predictions_nothing_is_calibrated(place, run):
+    frame, classes = predictions.read_predictions(run / "predictions.parquet")
+    predictions.write_predictions(run / "predictions.parquet", frame[frame["split"] == "test"], classes)
+    facts = facts_of(evaluate(run, options(place, "evaluate.splits=[test]")))
+    assert "the run keeps no validation predictions: no temperature, no threshold" in facts["notes"]
+    assert "cost" not in facts
+    assert "after" not in facts["calibration"]["test"]["mean"]
 
 
 def test_nothing_is_overwritten(place, run, other):
@@ -285,7 +376,9 @@ def test_refused_targets(target):
 
 
 def test_every_target_of_the_projects_own_configs_is_allowed():
-    for file in set(CONF.rglob("*.yaml")) - set(CONF.glob("sweep*/**/*")) - set(CONF.glob("sweep*.yaml")):
+    for file in set(CONF.rglob("*.yaml")) - {
+        file for part in ("sweep*/**/*", "sweep*", "hydra/**/*") for file in CONF.glob(part)
+    }:
         config = yaml.safe_load(file.read_text()) or {}
         config.pop("hydra", None)
         check_targets(json.loads(json.dumps(config).replace("${", "$(")), file)  # a run keeps them resolved

@@ -5,8 +5,10 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,14 @@ from facemask.audit import baselines
 from facemask.config import ROOT, as_plain, check, check_targets, read_config, user_sentence
 from facemask.data import duplicates
 from facemask.data.datamodule import ImageData
+from facemask.data.store import MANIFEST_COLUMNS
 from facemask.data.transforms import Augmentation
 from facemask.errors import UserError
 from facemask.files import write_json, write_text
 from facemask.modeling.classifier import Classifier
 from facemask.modeling.teacher import Teacher, load_teacher
+from facemask.runs import calibration, evaluation, predictions
 from facemask.runs import metrics as run_metrics
-from facemask.runs import predictions
 from facemask.runs.checkpoints import read_checkpoint
 from facemask.runs.folder import RunFolder, file_sha256
 from facemask.runs.ledger import record_opening
@@ -56,8 +59,13 @@ def predict_splits(
     splits: Sequence[str],
     batch_size: int,
     device: torch.device,
+    rank_of: tuple[int, int] = (0, 1),
 ) -> tuple[pd.DataFrame, dict[str, dict[str, float]]]:
     """Predictions of every picture of some splits, and how long the student took.
+
+    Args:
+        rank_of: (rank, number of ranks), which deal the batches among them and gather what they said. A batch holds the
+            same pictures whatever the number of ranks, so that its predictions are the same bits.
 
     Returns:
         The predictions table (see `facemask.runs.predictions`) with the heads of the student and the teacher's,
@@ -68,22 +76,25 @@ def predict_splits(
         teacher.to(device)
     parts, timing = [], {}
     for split in splits:
-        collected: dict[str, list[np.ndarray]] = {}
-        seconds, steps = 0.0, 0
-        for batch in data.eval_loader(split, batch_size):
+        said: list[dict[str, np.ndarray]] = []
+        seconds = 0.0
+        for batch in data.eval_loader(split, batch_size, *rank_of):
             pixels = batch["pixels"].to(device)
             start = time.perf_counter()
             outputs: dict[str, Any] = dict(classifier(pixels))
             outputs.pop("mean", None)
             outputs = {head: logits.cpu().numpy() for head, logits in outputs.items()}
             seconds += time.perf_counter() - start
-            steps += 1
             if teacher is not None:
                 outputs["teacher"] = teacher(pixels).logits.cpu().numpy()
-            for head, logits in outputs.items():
-                collected.setdefault(head, []).append(logits)
-        rows = data.table.iloc[data.rows(split)]
-        heads = {head: np.concatenate(logits) for head, logits in collected.items()}
+            said.append(outputs)
+        if rank_of[1] > 1:
+            of_ranks: list[Any] = [None] * rank_of[1]
+            torch.distributed.all_gather_object(of_ranks, (said, seconds))
+            seconds = max(took for _, took in of_ranks)
+            said = [outputs for turn in zip_longest(*(part for part, _ in of_ranks)) for outputs in turn if outputs]
+        rows, steps = data.table.iloc[data.rows(split)], len(said)
+        heads = {head: np.concatenate([outputs[head] for outputs in said]) for head in said[0]}
         ids, named, groups, labels = (rows[column].tolist() for column in ("path", "split", "group", "label"))
         parts.append(predictions.assemble(ids, named, groups, labels, heads, data.classes))
         timing[split] = {"seconds": seconds, "images": len(rows), "steps": steps}
@@ -107,23 +118,33 @@ def load_run(run_dir: Path) -> tuple[DictConfig, Classifier, list[str]]:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise UserError(f"{run_dir} has no checkpoint (checkpoints/best.ckpt): give the folder of a finished run")
-    checkpoint = read_checkpoint(file)
-    known = _read_json(run_dir / "checkpoints.json").get(file.name)
+    known = read_json(run_dir / "checkpoints.json").get(file.name)
     if known is not None and file_sha256(file) != known["sha256"]:
         raise UserError(f"{file} is not the file that the run wrote: checkpoints.json has another sha256")
-    arguments, state = checkpoint["hyper_parameters"], checkpoint["state_dict"]
-    check_targets(arguments, file)
+    classifier = load_classifier(file)
+    return cfg, classifier, list(classifier.hparams["classes"])
+
+
+def load_classifier(file: Path) -> Classifier:
+    """The classifier in a checkpoint, in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: damaged, of another version, holds code, or asks for a class that is not allowed.
+    """
+    checkpoint = read_checkpoint(file)
     try:
+        arguments, state = checkpoint["hyper_parameters"], checkpoint["state_dict"]
+        check_targets(arguments, file)
         classifier = Classifier(**arguments)
         classifier.load_state_dict(state)
-    except (TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, HydraException) as error:
         raise UserError(f"{file} does not fit this version of the project ({str(error).splitlines()[0]})") from error
-    return cfg, classifier.eval(), list(arguments["classes"])
+    return classifier.eval()
 
 
 def find_teacher(run_dir: Path, cfg: DictConfig, cache_dir: Path, classes: list[str]) -> Teacher | None:
     """The very teacher of a run, by the sha256 that its summary names; None where its file is gone."""
-    wanted = (_read_json(run_dir / "summary.json").get("distillation") or {}).get("teacher_sha256")
+    wanted = (read_json(run_dir / "summary.json").get("distillation") or {}).get("teacher_sha256")
     if wanted is None:
         return None
     given = OmegaConf.select(cfg, "teacher.checkpoint")
@@ -141,6 +162,9 @@ def evaluate(
     exclude_duplicates: bool = False,
     names: Mapping[str, str] | None = None,
     name: str | None = None,
+    cost: str = "1:1",
+    positive: str | None = None,
+    attributes: Path | None = None,
 ) -> Path:
     """Evaluate a finished run and print its table; returns the new folder below `run_dir/evaluations`.
 
@@ -150,6 +174,10 @@ def evaluate(
         exclude_duplicates: leave out other pictures that are near-duplicates of training pictures.
         names: label of the other pictures -> class of the run.
         name: of the new folder; None: the source and the time.
+        cost: of a false negative and of a false positive, such as 10:1, for the threshold.
+        positive: the class that is missed or falsely called; None: the last one.
+        attributes: CSV with path and further columns, whose worst values are looked for beside those of the pictures'
+            own table, of attributes.csv in their folder, and of size and brightness.
 
     Raises:
         UserError: whatever the user can mend, before anything is written.
@@ -157,7 +185,9 @@ def evaluate(
     if RunFolder(run_dir).status().get("state") != "finished":
         raise UserError(f"{run_dir} holds no finished run: finish it with resume=true, or name another folder")
     run, classifier, classes = load_run(run_dir)
-    cfg, own = _compose(run, overrides)
+    costs = evaluation.parse_cost(cost, positive, classes)
+    further = None if attributes is None else read_attributes(attributes)
+    cfg, own = compose_evaluation(run, overrides)
     if own and (exclude_duplicates or names):
         raise UserError("--exclude-duplicates and --classes are for other pictures: name them with data=...")
     target = run_dir / "evaluations" / (name or f"{_source(cfg, own)}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
@@ -171,26 +201,65 @@ def evaluate(
 
     command = collect()[0]["command"]
     if own:
-        frame, facts = _own(run_dir, run, cfg, predict, command)
+        frame, facts, data = _own(run_dir, run, cfg, predict, command)
     else:
-        frame, facts = _other(run_dir, run, cfg, classes, names or {}, exclude_duplicates, predict, command)
-    if teacher is None and "teacher" in predictions.heads(predictions.read_predictions(_stored(run_dir))[0]):
+        frame, facts, data = _other(run_dir, run, cfg, classes, names or {}, exclude_duplicates, predict, command)
+    stored = predictions.read_predictions(_stored(run_dir))[0]
+    if teacher is None and "teacher" in predictions.heads(stored):
         facts["notes"].append("the run's teacher is no longer in the cache, so its row is missing")
     numbers = run_metrics.evaluate(frame, classes, resamples=cfg.evaluate.resamples)
-    summary = _read_json(run_dir / "summary.json")
+    summary = read_json(run_dir / "summary.json")
     if not own:
-        before = _read_json(run_dir / "metrics.json")
+        before = read_json(run_dir / "metrics.json")
         facts["against"] = next(split for split in ("test", "val", *before) if split in before)
         facts["drop"] = _drop(before[facts["against"]], numbers[OTHER])
-    _write(target, run.data if own else cfg.data, frame, classes, numbers, {"command": command, **facts})
+    chosen, split = summary["reported_head"], next(s for s in (OTHER, "test", *numbers) if s in numbers)
+    temperatures = calibration.temperatures(stored, classes)
+    facts = {"command": command, "split": split, **facts}
+    facts["calibration"] = evaluation.calibration_facts(frame, classes, temperatures, cfg.evaluate.resamples)
+    part = frame[frame["split"] == split]
+    if temperatures:
+        val = stored[stored["split"] == "val"]
+        facts["cost"] = evaluation.cost_facts(val, part, classes, chosen, temperatures[chosen], costs)
+    else:
+        facts["notes"].append("the run keeps no validation predictions: no temperature, no threshold")
+    correct = predictions.logits(part, chosen, classes).argmax(axis=1) == calibration.class_indices(part, classes)
+    of_pictures = picture_attributes(data, part["id"].tolist(), further)
+    worst = calibration.worst_groups(correct, part["group"].to_numpy(), of_pictures)
+    told = {**summary, "test_opened": facts.get("test_opened"), "notes": facts["notes"]}
+    page = evaluation.build_page(
+        f"{summary['name']} on {_source(cfg, own)}",
+        frame,
+        classes,
+        numbers,
+        told,
+        facts,
+        worst,
+        temperatures,
+        data.picture,
+    )
 
+    with _new_folder(target) as folder:
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(run.data if own else cfg.data, resolve=True))
+        predictions.write_predictions(folder / "predictions.parquet", frame, classes)
+        write_json(folder / "metrics.json", numbers)
+        write_json(folder / "evaluation.json", facts)
+        worst.to_csv(folder / "groups.csv", index=False)
+        curves = evaluation.risk_coverage_table(frame, classes, temperatures)
+        curves.to_csv(folder / "risk_coverage.csv", index=False)
+        page.write(folder / "evaluation.html")
     shown = numbers if own else {f"own {facts['against']}": before[facts["against"]], **numbers}
-    console.print(terminal_table(shown, {**summary, "test_opened": facts.get("test_opened")}))
+    console.print(terminal_table(shown, told))
     if not own:
         console.print(_drop_table(facts["drop"], facts["against"]))
+    console.print(_calibration_table(facts["calibration"][split], split))
+    if "cost" in facts:
+        console.print(_threshold_sentence(facts["cost"], split))
+    if len(worst):
+        console.print(_groups_table(worst, split))
     for note in facts["notes"]:
         console.print(f"note      {note}")
-    console.print(f"written   {target} (predictions.parquet, metrics.json, evaluation.json)")
+    console.print(f"written   {target} (evaluation.html, predictions.parquet, and the figures as JSON and CSV)")
     return target
 
 
@@ -199,13 +268,10 @@ Predict = Callable[[ImageData, Sequence[str]], pd.DataFrame]
 
 def _own(
     run_dir: Path, run: DictConfig, cfg: DictConfig, predict: Predict, command: str
-) -> tuple[pd.DataFrame, dict[str, Any]]:
+) -> tuple[pd.DataFrame, dict[str, Any], ImageData]:
     """The run's own splits from its checkpoint, and how far that differs from what it stored."""
-    data = _run_data(run_dir, run, cfg)
     splits = list(cfg.evaluate.splits)
-    data.prepare(splits)
-    if data.fingerprint != _read_json(run_dir / "provenance.json").get("fingerprint"):
-        raise UserError(f"the pictures, their labels or the code that draws them changed since {run_dir} was trained")
+    data = own_pictures(run_dir, run, cfg, splits)
     facts: dict[str, Any] = {"splits": splits, "notes": []}
     if "test" in splits:
         facts["test_opened"] = record_opening(Path(cfg.ledger), data.test_fingerprint, run_dir, command)
@@ -214,7 +280,8 @@ def _own(
     facts["against_stored"] = compare_predictions(frame, stored, classes)
     for split, found in facts["against_stored"].items():
         console.print(f"{split:<9} {found['sentence']}")
-    return frame.merge(baselines(data.table, splits, Path(cfg.cache_dir)), on=predictions.COLUMNS, how="left"), facts
+    floor = baselines(data.table, splits, Path(cfg.cache_dir))
+    return frame.merge(floor, on=predictions.COLUMNS, how="left"), facts, data
 
 
 def _other(
@@ -226,7 +293,7 @@ def _other(
     exclude_duplicates: bool,
     predict: Predict,
     command: str,
-) -> tuple[pd.DataFrame, dict[str, Any]]:
+) -> tuple[pd.DataFrame, dict[str, Any], ImageData]:
     """All pictures of another source, and which of them the run has nearly seen."""
     data = build_data(cfg.data)
     data.prepare_whole(OTHER, classes, names)
@@ -247,14 +314,14 @@ def _other(
         return predict(data, [OTHER])
 
     try:
-        source = _run_data(run_dir, run, cfg)
+        source = run_data(run_dir, run, cfg)
         train = source.load_table().drop(columns="split", errors="ignore").merge(_trained_on(run_dir), on="path")
         pairs = near_duplicates(data, source, train)
     except UserError as error:
         if exclude_duplicates:
             raise UserError(f"--exclude-duplicates needs the run's training pictures: {error}") from error
         facts["notes"].append(f"near-duplicates of training pictures are unknown, and there is no baseline: {error}")
-        return opened(), facts
+        return opened(), facts, data
     seen = set(pairs["path"])
     facts["near_duplicates"] = {
         "pictures": len(seen),
@@ -272,13 +339,13 @@ def _other(
     frame = frame.merge(floor, on=predictions.COLUMNS, how="left", validate="one_to_one")
     if exclude_duplicates:
         frame = frame[~frame["id"].isin(seen)].reset_index(drop=True)
-    return frame, facts
+    return frame, facts, data
 
 
 # -- the parts --------------------------------------------------------------------------------------------------
 
 
-def _compose(run: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, bool]:
+def compose_evaluation(run: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, bool]:
     """The config of an evaluation, and whether it is of the run's own data."""
     given = {override.split("=")[0].lstrip("+~") for override in overrides}
     if foreign := sorted(key for key in given if key not in OPTIONS and key.split(".")[0] != "data"):
@@ -311,12 +378,41 @@ def build_data(data: Any) -> ImageData:
     return hydra.utils.instantiate(plain, _partial_=True)(augmentation=views)
 
 
-def _run_data(run_dir: Path, run: DictConfig, cfg: DictConfig) -> ImageData:
+def run_data(run_dir: Path, run: DictConfig, cfg: DictConfig) -> ImageData:
     """The run's own data with the splits that it kept."""
     data = {**as_plain(run.data), "cache_dir": cfg.cache_dir}
     if "split" in data:
         data |= {"split": str(run_dir / "split.csv"), "fold": None, "fraction": 1.0}
     return build_data(data)
+
+
+def own_pictures(run_dir: Path, run: DictConfig, cfg: DictConfig, splits: Sequence[str]) -> ImageData:
+    """The run's own data, prepared, and known to be what it was trained on.
+
+    Raises:
+        UserError: pictures, labels or drawing code that changed since.
+    """
+    data = run_data(run_dir, run, cfg)
+    data.prepare(splits)
+    if data.fingerprint != read_json(run_dir / "provenance.json").get("fingerprint"):
+        raise UserError(f"the pictures, their labels or the code that draws them changed since {run_dir} was trained")
+    return data
+
+
+def open_split(run_dir: Path, run: DictConfig, split: str, cache_dir: Path) -> ImageData:
+    """The run's own pictures, with one split to look at; a look at the test split is written down in the ledger.
+
+    Raises:
+        UserError: the test split, where training has not opened it; what `own_pictures` raises.
+    """
+    if not (run_dir / "split.csv").is_file():
+        raise UserError(f"{run_dir} is no folder of a finished run: it has no split.csv")
+    if split == "test" and read_json(run_dir / "summary.json").get("test_opened") is None:
+        raise UserError(f"{run_dir} was trained without opening its test split: leave it closed with --split val")
+    data = own_pictures(run_dir, run, OmegaConf.create({"cache_dir": str(cache_dir)}), [split])
+    if split == "test":
+        record_opening(Path(run.ledger), data.test_fingerprint, run_dir, collect()[0]["command"])
+    return data
 
 
 def _trained_on(run_dir: Path) -> pd.DataFrame:
@@ -393,24 +489,90 @@ def _points(entry: dict[str, Any]) -> str:
     return text if entry["low"] is None else f"{text} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
 
 
-def _write(
-    target: Path,
-    data: DictConfig,
-    frame: pd.DataFrame,
-    classes: list[str],
-    numbers: dict[str, Any],
-    facts: dict[str, Any],
-) -> None:
-    """The folder of an evaluation, whole or not at all."""
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A scratch folder that becomes the target when all is written, and is gone otherwise."""
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as made:
         scratch = Path(made) / target.name
         scratch.mkdir()
-        write_text(scratch / "config.yaml", OmegaConf.to_yaml(data, resolve=True))
-        predictions.write_predictions(scratch / "predictions.parquet", frame, classes)
-        write_json(scratch / "metrics.json", numbers)
-        write_json(scratch / "evaluation.json", facts)
+        yield scratch
         scratch.replace(target)
+
+
+def _calibration_table(facts: dict[str, Any], split: str) -> Table:
+    columns, rows = evaluation.calibration_rows(facts)
+    caption = (
+        f"calibration on {split}; temperature of the stored validation predictions; AURC: mean risk over coverages"
+    )
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
+    for i, title in enumerate(columns):
+        table.add_column(title, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(row[0], *(re.sub(r" \[.*", "", cell) for cell in row[1:]))
+    return table
+
+
+def _threshold_sentence(facts: dict[str, Any], split: str) -> str:
+    at, half = facts["chosen"]["evaluated"], facts["one half"]["evaluated"]
+    return (
+        f"threshold {facts['positive']} from p >= {at['threshold']:.3f} on, chosen on validation "
+        f"(a miss costs {facts['miss']:g}, a false alarm {facts['false_alarm']:g})\n"
+        f"          {split}: {at['misses']} of {at['of_positives']} missed, {at['false_alarms']} of "
+        f"{at['of_negatives']} false alarms, {at['cost_per_picture']:.4f} a picture "
+        f"(from 0.5 on: {half['cost_per_picture']:.4f})"
+    )
+
+
+def _groups_table(worst: pd.DataFrame, split: str, most: int = 6) -> Table:
+    caption = (
+        f"worst groups of {split}, accuracy in %; *: below the rest beyond what the worst of {len(worst)} would be"
+    )
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
+    for i, title in enumerate(("attribute", "value", "pictures", "accuracy")):
+        table.add_column(title, justify="right" if i > 1 else "left")
+    for row in worst.head(most).to_dict("records"):
+        accuracy = evaluation.group_accuracy(row) + (" *" if row["below"] else "")
+        table.add_row(row["attribute"], row["value"], f"{row['n']:,}", accuracy)
+    return table
+
+
+def read_attributes(file: Path) -> pd.DataFrame:
+    """A table of attributes by `path`.
+
+    Raises:
+        UserError: not readable, or no column path with every picture once.
+    """
+    try:
+        table = pd.read_csv(file, keep_default_na=False, na_values=[""])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not a readable CSV file ({error})") from error
+    if "path" not in table or table["path"].duplicated().any():
+        raise UserError(f"{file} needs a column path that names every picture once, beside the attributes")
+    return table.set_index("path")
+
+
+# Columns of a table of pictures that are no attributes of what a picture shows.
+_NO_ATTRIBUTES = {*MANIFEST_COLUMNS, "group", "split", "search"} - {"format"}
+
+
+def picture_attributes(data: ImageData, ids: list[str], further: pd.DataFrame | None = None) -> dict[str, pd.Series]:
+    """Attributes of pictures: columns of their manifest, of attributes.csv beside them and of another table, the short
+    side in pixels, and the mean brightness (0 to 255) of the pixels."""
+    beside = data.root / "attributes.csv" if data.root else None
+    tables = [data.table.set_index("path"), further]
+    if beside is not None and beside.is_file():
+        tables.insert(1, read_attributes(beside))
+    found: dict[str, pd.Series] = {}
+    for table in tables:
+        if table is not None:
+            some = table.reindex(ids)
+            found |= {str(name): some[name].reset_index(drop=True) for name in some if name not in _NO_ATTRIBUTES}
+    rows = pd.Index(data.table["path"]).get_indexer(ids)
+    sizes = data.table.iloc[rows][["width", "height"]].min(axis=1)
+    found["short side, px"] = sizes.reset_index(drop=True)
+    found["brightness"] = pd.Series([float(data.pixels[data.cache_rows[row]].mean()) for row in rows])
+    return found
 
 
 def _source(cfg: DictConfig, own: bool) -> str:
@@ -425,7 +587,12 @@ def _stored(run_dir: Path) -> Path:
     return run_dir / "predictions.parquet"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file of a run folder; {} where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 # The four plugins are imported by name: Image.open would otherwise import every format Pillow knows.
-from PIL import GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401
+from PIL import GifImagePlugin, Image, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 MAX_PIXELS = 64_000_000
@@ -80,6 +80,16 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             _check_jpeg(data)
         rgb = _to_rgb(image, data)
         return np.array(rgb.transpose(turn) if turn is not None else rgb)
+    except _DAMAGE as error:
+        raise BadImage(_reason(error)) from error
+
+
+def from_pillow(image: Image.Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Pixels of a picture that is open in Pillow, as `decode` gives them for its file: uint8 (H, W, 3)."""
+    check_pixels(*image.size, max_pixels)
+    try:
+        image = ImageOps.exif_transpose(image)
+        return np.array(_flatten(_high_byte(image)))
     except _DAMAGE as error:
         raise BadImage(_reason(error)) from error
 
@@ -168,11 +178,20 @@ def _png_exif(data: bytes) -> bytes:
 
 def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
     transparency = image.info.get("transparency")
-    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = _high_byte(image)
     if image.format in ("PNG", None) and image.mode in ("L", "RGB") and transparency is not None:
         # tRNS names the transparent colour in the file's bit depth, Pillow compares it with 8-bit pixels.
         image.info["transparency"] = _to_8bit(transparency, depth=data[24])
+    return _flatten(image)
+
+
+def _high_byte(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
+def _flatten(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
