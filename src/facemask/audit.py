@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -130,14 +131,27 @@ def _features(data: "ImageData", table: pd.DataFrame, degrade: float) -> dict[st
     return {head: np.stack(values) for head, values in found.items()}
 
 
-def _kept(table: pd.DataFrame, what: dict[str, Any], cache_dir: Path, fit: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """What `fit` returns, from `cache_dir/audits` where the same was asked of the same data and code before."""
+def kept_shortcuts(table: pd.DataFrame, img_size: int, crop_pct: float, cache_dir: Path) -> pd.DataFrame | None:
+    """What `shortcut_predictions` kept for pictures of a split.csv, at a run's size or at the page's own; or None."""
+    for size, degrade in itertools.product({img_size: None, 224: None, 64: None}, (0.5, 0.0)):
+        what = {"degrade": degrade, "img_size": size, "working_size": int(size / crop_pct)}
+        if (file := _file(table, what, cache_dir)).exists():
+            return read_predictions(file)[0]
+    return None
+
+
+def _file(table: pd.DataFrame, what: dict[str, Any], cache_dir: Path) -> Path:
     import sklearn
 
     code = "".join(Path(file).read_text() for file in (__file__, str(shortcuts.__file__)))
     groups = table[["path", "group"]].sort_values("path").to_numpy().tolist()
     key = [data_splits.fingerprint(table), groups, what, code, sklearn.__version__]
-    file = cache_dir / "audits" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.parquet"
+    return cache_dir / "audits" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.parquet"
+
+
+def _kept(table: pd.DataFrame, what: dict[str, Any], cache_dir: Path, fit: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """What `fit` returns, from `cache_dir/audits` where the same was asked of the same data and code before."""
+    file = _file(table, what, cache_dir)
     try:
         return read_predictions(file)[0]
     except UserError:  # absent or damaged
