@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all soak soak-sweep reproduce lint types clean
+.PHONY: help train test test-all test-multinode soak soak-sweep notebooks notebooks-check screenshot reproduce bench gpu-check \
+	lint types clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,11 +21,29 @@ test: $(VENV)/installed ## The fast tests
 test-all: $(VENV)/installed ## All tests
 	$(TEST)
 
+test-multinode: $(VENV)/installed ## Two network namespaces, torchrun over gloo, the link cut in the middle (root only, else skipped)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/multinode.py
+
 soak: $(VENV)/installed ## Kill runs at 20 random moments, resume them, compare every bit (SEED=1 gives other moments)
 	$(BIN)/python tests/soak.py 20 $(or $(SEED),0)
 
 soak-sweep: $(VENV)/installed ## Kill workers and drivers of a sweep of naps at 60 random moments, count its 30 trials
 	$(BIN)/python tests/sweeping.py soak 60 $(or $(SEED),0)
+
+notebooks: $(VENV)/installed ## Execute all notebooks and keep their outputs (NAMES="02_ablation" for some)
+	$(BIN)/python tests/notebooks.py $(NAMES)
+
+notebooks-check: $(VENV)/installed ## Execute all notebooks; fail where a committed output is stale
+	$(BIN)/python tests/notebooks.py --check
+
+screenshot: $(VENV)/installed ## The demo's picture in the README (RUN=folder of a run on drawn faces)
+	$(BIN)/python tests/chromium.py $(RUN) experiments/demo.png
+
+bench: $(VENV)/installed ## Speed against others, in turn, as ratios (FACEMASK_DATA: real pictures); half an hour
+	for name in data teacher determinism train profile memory growth startup; do $(BIN)/facemask bench $$name || exit 1; done
+
+gpu-check: $(VENV)/installed ## Do the GPU paths hold on this machine? Needs a GPU; writes experiments/bench/MACHINE/gpu.json
+	$(BIN)/facemask bench gpu
 
 reproduce: $(VENV)/installed ## Check every record and the tables made of them, and train the small one again
 	$(BIN)/facemask report --check

@@ -1,5 +1,6 @@
 """The command `facemask`: what is done with folders of pictures and with finished runs."""
 
+import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +27,10 @@ GroupBy = Annotated[list[str] | None, typer.Option(help="Column of the manifest 
 CacheDir = Annotated[Path, typer.Option(help="As cache_dir in training.", envvar="FACEMASK_CACHE")]
 Rounds = Annotated[int, typer.Option(min=1, help="Pairs of measurements per comparison.")]
 Side = Annotated[int, typer.Option(min=32, help="Pixels; a multiple of 16.")]
+Pictures = Annotated[
+    Path | None, typer.Option(help="One sub-folder per class; without it faces are drawn.", envvar="FACEMASK_DATA")
+]
+Size = Annotated[str, typer.Option(help="tiny, small or base.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures in a step.")]
 
 
@@ -125,14 +130,142 @@ def evaluate(
         str, typer.Option(help="What other labels mean to the run: masked=with_mask,bare=without_mask.")
     ] = "",
     name: Annotated[str | None, typer.Option(help="Of the new folder below RUN/evaluations.")] = None,
+    cost: Annotated[
+        str, typer.Option(metavar="MISS:ALARM", help="Cost of a false negative and a false positive: the threshold.")
+    ] = "1:1",
+    positive: Annotated[str | None, typer.Option(help="The class that is missed or falsely called; the last.")] = None,
+    attributes: Annotated[
+        Path | None, typer.Option(help="CSV with path and any columns, to find the worst groups by.")
+    ] = None,
 ) -> None:
-    """Evaluate a run's checkpoint on its own splits again, or on other pictures, and tell how much is lost there."""
+    """Evaluate a run's checkpoint on its own splits again, or on other pictures, and tell how much is lost there.
+
+    With calibration (temperature from validation), risk at every coverage, a threshold for given costs, and the worst
+    groups by attribute, source, size and brightness: a table here, a page and the figures in RUN/evaluations.
+    """
     from facemask.evaluate import evaluate as evaluate_run
 
     pairs = [pair.split("=") for pair in classes.split(",") if pair]
     if any(len(pair) != 2 for pair in pairs):
         raise UserError(f"--classes {classes}: give LABEL=CLASS pairs with commas between them")
-    evaluate_run(run, overrides or [], exclude_duplicates=exclude_duplicates, names=dict(pairs), name=name)
+    evaluate_run(
+        run,
+        overrides or [],
+        exclude_duplicates=exclude_duplicates,
+        names=dict(pairs),
+        name=name,
+        cost=cost,
+        positive=positive,
+        attributes=attributes,
+    )
+
+
+class RowFormat(StrEnum):
+    table = "table"
+    csv = "csv"
+    jsonl = "jsonl"
+
+
+class Precision(StrEnum):
+    auto = "auto"
+    fp32 = "fp32"
+
+
+Checkpoint = Annotated[Path | None, typer.Option(help="The record's best.ckpt, where RUN is a record.")]
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, a checkpoint, or a record with --checkpoint.")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Pictures, folders, globs; - reads a list from stdin.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="New file: .csv or .jsonl (JSON lines).")] = None,
+    kind: Annotated[
+        RowFormat | None,
+        typer.Option("--format", help="Default: by --out's suffix; table on a terminal, csv in a pipe."),
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Which head decides: head, head_dist or mean; the run's reported one.")
+    ] = None,
+    unsure: Annotated[
+        float, typer.Option(min=0, max=1, help="A decision of lower calibrated probability is unsure.")
+    ] = 0.8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a forward pass.")] = 32,
+    precision: Annotated[
+        Precision, typer.Option(help="auto: bf16 where it is native, and fp32 again where bf16 leaves a doubt.")
+    ] = Precision.auto,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Say what pictures show: decision, calibrated probability, both heads; unsure where the probability is low.
+
+    Files that give no picture are named with the reason and do not stop the rest. Ctrl-C keeps the rows written so far.
+    Exit codes: 0 all predicted, 1 some files gave no picture, 2 nothing was done, 130 stopped by Ctrl-C.
+    """
+    if kind is None and out is not None and out.suffix not in (".csv", ".jsonl"):
+        raise UserError(f"--out {out}: give a name that ends in .csv or .jsonl, or --format")
+    if kind is None:
+        kind = RowFormat(out.suffix[1:]) if out else RowFormat.table if sys.stdout.isatty() else RowFormat.csv
+    from facemask.predict import expand, load_model, predict_files
+
+    files = expand(paths, sys.stdin.buffer.read() if "-" in paths else b"")
+    if not files:
+        raise UserError("the list on standard input names no file")
+    model = load_model(run, checkpoint, precision=precision.value)
+    typer.echo(f"{run}: {model.calibration}", err=True)
+    failed = []
+    try:
+        failed = predict_files(model, files, out, kind.value, head, unsure, batch_size)
+    except KeyboardInterrupt:
+        typer.echo("stopped: the rows written so far are whole", err=True)
+        raise typer.Exit(130) from None
+    for row in failed[:20]:
+        typer.echo(f"problem: {row.source!a}: {row.problem}", err=True)
+    if len(failed) > 20:
+        typer.echo(f"problem: {len(failed) - 20} more, each named in its row", err=True)
+    typer.echo(f"{len(files) - len(failed):,} of {len(files):,} files predicted{f', {out}' if out else ''}", err=True)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def features(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, a checkpoint, or a record with --checkpoint.")],
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Pictures; sub-folders name classes of any kind.")],
+    out: Annotated[Path, typer.Option(help="New Parquet file.")] = Path("features.parquet"),
+    checkpoint: Checkpoint = None,
+    cache_dir: CacheDir = Path(".cache/facemask"),
+) -> None:
+    """Embed pictures for a task of your own: [CLS], distillation token and mean patch, with the accuracy they give.
+
+    With sub-folders as classes, a linear probe and nearest neighbours are cross-validated with near-duplicates kept
+    together. Exit codes: 0 all embedded, 1 some files gave no picture, 2 nothing was done.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from facemask.features import features as embed_pictures
+    from facemask.features import seen
+    from facemask.predict import load_model
+
+    model = load_model(run, checkpoint)
+    table, problems, scores = embed_pictures(model, root, out, cache_dir)
+    for path, problem in list(problems.items())[:20]:
+        typer.echo(f"problem: {path!a}: {problem}", err=True)
+    if len(problems) > 20:
+        typer.echo(f"problem: {len(problems) - 20} more", err=True)
+    if scores is not None:
+        shown = Table("embedding", "classifier", "pictures", "accuracy, %", box=None, pad_edge=False)
+        for row in scores.to_dict("records"):
+            accuracy, low, high = (100 * row[key] for key in ("accuracy", "low", "high"))
+            shown.add_row(row["embedding"], row["method"], f"{row['n']:,}", f"{accuracy:.1f} [{low:.1f}, {high:.1f}]")
+        Console(highlight=False).print(shown)
+        known = int(seen(table, model).sum())
+        left = "; they are not counted in the accuracies" if known < len(table) else ", all of them"
+        typer.echo("cross-validated with near-duplicates together; 95 % intervals")
+        if known:
+            typer.echo(f"the encoder was trained on {known:,} of these pictures{left}")
+    typer.echo(f"written {out}: {len(table):,} pictures, {len(problems)} left out")
+    raise typer.Exit(1 if problems else 0)
 
 
 @app.command()
@@ -202,9 +335,7 @@ def scan(
 
 @bench.command("data")
 def bench_data(
-    root: Annotated[
-        Path | None, typer.Option(help="One sub-folder per class; without it faces are drawn.", envvar="FACEMASK_DATA")
-    ] = None,
+    root: Pictures = None,
     rounds: Rounds = 7,
     pictures: Annotated[int, typer.Option(min=64, help="At most so many pictures per measurement.")] = 512,
     out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/data.json.")] = Path("experiments"),
@@ -257,6 +388,85 @@ def bench_teacher(
     typer.echo(f"written {run_bench(rounds, side, batch, out)}")
 
 
+@bench.command("train")
+def bench_train(
+    root: Pictures = None,
+    at: Annotated[
+        list[str] | None, typer.Option(metavar="SIZE/PIXELS", help="Such as tiny/224; again for more.")
+    ] = None,
+    batch: Batch = 32,
+    precision: Annotated[str | None, typer.Option(help="bf16 or fp32; as train.py chooses, unless given.")] = None,
+    rounds: Rounds = 7,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each loop in a round.")] = 4,
+    out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/train.json.")] = Path("experiments"),
+) -> None:
+    """Our training step against the bare limit, timm's loop and Hugging Face's Trainer, in turn, as ratios."""
+    from facemask.bench_train import bench_train as run_bench
+
+    cases = at or ["tiny/224", "small/224", "tiny/112"]
+    for case in cases:
+        if not re.fullmatch(r"(tiny|small|base)/[1-9]\d*", case):
+            raise UserError(f"--at {case}: give tiny, small or base, a slash and pixels, such as tiny/224")
+    if precision not in (None, "bf16", "fp32"):
+        raise UserError(f"--precision {precision} must be bf16 or fp32")
+    typer.echo(f"written {run_bench(root, cases, batch, precision, rounds, steps, out)}")
+
+
+@bench.command("profile")
+def bench_profile(
+    root: Pictures = None,
+    size: Size = "tiny",
+    side: Side = 224,
+    batch: Batch = 32,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps that are measured.")] = 20,
+    distill: Annotated[str, typer.Option(help="As in training: none, soft, hard, logit, feature.")] = "none",
+    out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/profile.json.")] = Path("experiments"),
+) -> None:
+    """Where a training step's time goes: data, teacher, forward, backward, optimizer, logging, Lightning."""
+    from facemask.bench_train import bench_profile as run_bench
+
+    typer.echo(f"written {run_bench(root, size, side, batch, steps, distill, out)}")
+
+
+@bench.command("memory")
+def bench_memory(
+    root: Pictures = None,
+    size: Size = "base",
+    side: Side = 224,
+    batch: Batch = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each.")] = 4,
+    out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/memory.json.")] = Path("experiments"),
+) -> None:
+    """Peak memory of training: ours, timm's loop and Hugging Face's Trainer."""
+    from facemask.bench_train import bench_memory as run_bench
+
+    typer.echo(f"written {run_bench(root, size, side, batch, steps, out)}")
+
+
+@bench.command("growth")
+def bench_growth(
+    root: Pictures = None,
+    batch: Batch = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each.")] = 10,
+    out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/growth.json.")] = Path("experiments"),
+) -> None:
+    """Time and memory of training with size, pixels and ranks."""
+    from facemask.bench_train import bench_growth as run_bench
+
+    typer.echo(f"written {run_bench(root, batch, steps, out)}")
+
+
+@bench.command("startup")
+def bench_startup(
+    rounds: Rounds = 5,
+    out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/startup.json.")] = Path("experiments"),
+) -> None:
+    """From a command to its first training step, against the imports alone; and commands that need no torch."""
+    from facemask.bench_train import bench_startup as run_bench
+
+    typer.echo(f"written {run_bench(rounds, out)}")
+
+
 @bench.command("determinism")
 def bench_determinism(
     rounds: Rounds = 21,
@@ -268,6 +478,36 @@ def bench_determinism(
     from facemask.bench import bench_determinism as run_bench
 
     typer.echo(f"written {run_bench(rounds, side, batch, out)}")
+
+
+@bench.command("gpu")
+def bench_gpu(
+    size: Annotated[str, typer.Option(help="tiny, small or base.")] = "tiny",
+    side: Side = 224,
+    batch: Batch = 64,
+    out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/gpu.json.")] = Path("experiments"),
+) -> None:
+    """Do the GPU paths hold here: speed against the bare limit, determinism, 16 bits against fp32, 2 GPUs against 1."""
+    from facemask.gpu_check import gpu_check
+
+    file, holds = gpu_check(out, "gpu", size, side, batch)
+    typer.echo(f"written {file}")
+    raise typer.Exit(0 if holds else 1)
+
+
+@bench.command("inference")
+def bench_inference(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Pictures.")],
+    pictures: Annotated[int, typer.Option(min=64, help="At most so many files.")] = 256,
+    rounds: Rounds = 7,
+    latencies: Annotated[int, typer.Option(min=20, help="Calls of each engine with one picture.")] = 200,
+    out: Annotated[Path, typer.Option(help="Parent of bench/MACHINE/inference.json.")] = Path("experiments"),
+) -> None:
+    """facemask predict against transformers.pipeline with the same weights, and latency by torch and ONNX Runtime."""
+    from facemask.bench_inference import bench_inference as run_bench
+
+    typer.echo(f"written {run_bench(run, root, pictures, rounds, latencies, out)}")
 
 
 @data.command("split")
@@ -396,6 +636,152 @@ def sweep_finish(
     fresh = [int(seed) for seed in seeds.split(",") if seed]
     path = finish(name, storage, k, fresh, record_name or name, experiments, allow_dirty)
     typer.echo(f"recorded in {path}")
+
+
+class Looked(StrEnum):
+    val = "val"
+    test = "test"
+
+
+Split = Annotated[Looked, typer.Option(help="Of the run's pictures; a look at test is counted in the ledger.")]
+
+
+@app.command()
+def stress(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    split: Split = Looked.val,
+    pictures: Annotated[int, typer.Option(min=20, help="At most so many.")] = 500,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: RUN/stress.")] = None,
+    cache_dir: CacheDir = Path(".cache/facemask"),
+) -> None:
+    """Accuracy and calibration under blur, noise and seven other stresses; and does the decision follow the mask?"""
+    from rich.console import Console
+
+    from facemask.runs.page import show
+    from facemask.stress import stress as run_stress
+
+    target = out or run / "stress"
+    page = run_stress(run, split.value, pictures, target, cache_dir)
+    show(page, Console(highlight=False, width=None if sys.stdout.isatty() else 120))
+    typer.echo(f"written {target} (stress.html, stress.svg, stress.csv, shortcuts.csv)")
+
+
+class Target(StrEnum):
+    timm = "timm"
+    hf = "hf"
+    onnx = "onnx"
+    onnx_int8 = "onnx-int8"
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    to: Annotated[Target, typer.Option(help="timm; hf: transformers; onnx: one file; onnx-int8: smaller and faster.")],
+    out: Annotated[Path, typer.Option(help="New folder.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data=folder data.root=OTHER: compare on these, not on the run's own.")
+    ] = None,
+    cache_dir: CacheDir = Path(".cache/facemask"),
+) -> None:
+    """Write a run's model for another library and compare it with the run on every picture that the run evaluates.
+
+    Exit code 1, and no folder, where it differs too much: in fp32 by more than 1e-4 in a logit or in any decision; in
+    more than 0.5 % of the decisions from files through the library's own preprocessing, or of int8.
+    """
+    from facemask.export import export as export_run
+
+    raise typer.Exit(0 if export_run(run, to.value, out, [f"cache_dir={cache_dir}", *(overrides or [])]) else 1)
+
+
+@app.command()
+def card(
+    source: Annotated[Path, typer.Argument(metavar="RUN|RECORD", help="Folder of a finished run, or of a record.")],
+    out: Annotated[Path | None, typer.Option(help="The file; without it the card is printed.")] = None,
+    cache_dir: CacheDir = Path(".cache/facemask"),
+) -> None:
+    """Write a Hugging Face model card; every number is computed from the stored predictions."""
+    from facemask.card import card as model_card
+    from facemask.files import write_text
+
+    text = model_card(source, cache_dir)
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    if not out.parent.is_dir() or out.is_dir():
+        raise UserError(f"--out {out} cannot be written: name a file in a folder that exists")
+    write_text(out, text)
+    typer.echo(f"written {out}")
+
+
+@app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a record.")],
+    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures, folders, globs.")] = None,
+    split: Split = Looked.val,
+    errors: Annotated[int, typer.Option(min=0, help="So many of the worst errors; 0: none.")] = 12,
+    check: Annotated[int, typer.Option(min=0, help="Pictures for the check of the maps; 0: none.")] = 50,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: RUN/explain.")] = None,
+    cache_dir: CacheDir = Path(".cache/facemask"),
+    checkpoint: Annotated[Path | None, typer.Option(help="The weights, where RUN is a record.")] = None,
+) -> None:
+    """What decisions rest on: attention and occlusion maps of pictures (IMAGE.png) and of the worst errors."""
+    from rich.console import Console
+
+    from facemask.explain import explain as run_explain
+    from facemask.predict import expand
+    from facemask.runs.page import show
+
+    target = out or run / "explain"
+    page, problems = run_explain(run, expand(images or []), target, split.value, errors, check, cache_dir, checkpoint)
+    show(page, Console(highlight=False, width=None if sys.stdout.isatty() else 120))
+    for path, problem in problems.items():
+        typer.echo(f"left out: {path}: {problem}", err=True)
+    typer.echo(f"written {target / 'explain.html'}")
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def demo(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or its checkpoint.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 7860,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+) -> None:
+    """Serve a page on this machine: drop a picture or use the webcam, see the decision and where the model looks."""
+    from facemask.demo import serve
+    from facemask.predict import load_model
+
+    serve(load_model(run), host, port, typer.echo)
+
+
+@app.command()
+def dashboard(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Folders of finished runs, beside the records.")] = None,
+    sweeps: Annotated[list[str] | None, typer.Option("--sweep", help="Name of a sweep; may be repeated.")] = None,
+    storage: StorageUrl = None,
+    spec: Annotated[Path | None, typer.Option(help="Default: conf/dashboard.yaml.")] = None,
+    wandb: Annotated[
+        str | None, typer.Option(metavar="ENTITY/PROJECT", help="Save workspace and report there too (wandb login).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("dashboard.html"),
+    experiments: Annotated[Path, typer.Option(help="Parent of all records.")] = Path("experiments"),
+) -> None:
+    """All arms on one page: ablation table, forest plots, curves, confusion matrices, sweeps; the same for W&B."""
+    from facemask import dashboard as board
+    from facemask.study import open_study
+
+    if not out.parent.is_dir() or out.is_dir():
+        raise UserError(f"--out {out} cannot be written: name a file in a folder that exists")
+    entity, _, project = (wandb or "").partition("/")
+    if wandb is not None and not (entity and project):
+        raise UserError(f"--wandb {wandb}: give ENTITY/PROJECT")
+    wanted = board.read_spec(spec or board.SPEC)
+    arms = board.arms_of(experiments, runs or [])
+    if not arms:
+        raise UserError(f"{experiments} holds no record: name --experiments, or run folders")
+    studies = [open_study(name, storage) for name in sweeps or []]
+    typer.echo(f"written {board.build_page(arms, studies, wanted).write(out)}")
+    for url in board.publish(wanted, entity, project) if wandb else []:
+        typer.echo(f"saved {url}")
 
 
 def main() -> None:
