@@ -208,3 +208,13 @@ def test_degradation_lowers_sharpness_by_random_amounts() -> None:
     left = [cv2.Laplacian(worse.view(pixels, f"{i}", 0), cv2.CV_64F).std() / sharp for i in range(40)]
     assert max(left) < 0.6
     assert max(left) > 3 * min(left)
+
+
+def test_small_epochs_have_small_views() -> None:
+    augmentation = Augmentation(0, 4, small_epochs=2, small_size=2)
+    view = np.arange(16, dtype=np.uint8).reshape(4, 4, 1).repeat(3, axis=2)
+    small = augmentation.resize(view, 1)
+    # means of 2 x 2 blocks: (0 + 1 + 4 + 5) / 4 = 2.5, 4.5, 10.5, 12.5, rounded to whole numbers
+    assert small.shape == (2, 2, 3)
+    assert np.abs(small[..., 0] - np.array([[2.5, 4.5], [10.5, 12.5]])).max() <= 0.5
+    assert augmentation.resize(view, 2) is view
