@@ -33,6 +33,7 @@ def test_scan_finds_all_made_copies_and_nothing_else(tmp_path: Path, capsys: pyt
     ]
     assert [row["groups"] for row in content["searches"]] == [{"found": n, "known": n} for n in (2, 4)]
     assert all(row["precision"] == row["recall"] == 1 for row in content["searches"])
+    assert all(30 < row["peak_rss_mib"] < 8192 for row in content["searches"])
     assert all(0 < row["rescan_seconds"] < row["seconds"] for row in content["searches"])
     assert content["command"] == "facemask bench scan --sizes 20,40"
     assert content["versions"].keys() >= {"faiss-cpu", "ImageHash"}

@@ -1,5 +1,6 @@
 """How long the search for near-duplicates takes, and how right it is: `facemask bench scan`, `... duplicates`."""
 
+import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -102,18 +103,30 @@ def _search(root: Path, known: pd.Series, *, thorough: bool) -> dict[str, Any]:
             seconds.append(time.perf_counter() - start)
     figures = pairwise(table.set_index("path")["dup_group"], known)
     search = {"search": "thorough" if thorough else "quick", "files": len(table)}
-    return {**search, "seconds": seconds[0], "rescan_seconds": seconds[1], **figures}
+    # Of this process so far: the larger and the thorough searches come last.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {**search, "seconds": seconds[0], "rescan_seconds": seconds[1], "peak_rss_mib": peak, **figures}
 
 
 def _report(content: dict[str, Any], name: str, out: Path) -> Path:
     table = Table(title=f"Near-duplicates: {content['source']}")
-    for column in ("files", "first\ns", "files/s", "again\ns", "groups\nfound/known", "precision", "recall"):
+    for column in (
+        "files",
+        "first\ns",
+        "files/s",
+        "again\ns",
+        "peak\nMiB",
+        "groups\nfound/known",
+        "precision",
+        "recall",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in content["searches"]:
         files = f"{row['files']:,}{' thorough' * (row['search'] == 'thorough')}"
         times = f"{row['seconds']:.1f}", f"{row['files'] / row['seconds']:.0f}", f"{row['rescan_seconds']:.2f}"
+        memory = f"{row['peak_rss_mib']:,.0f}"
         groups = f"{row['groups']['found']:,}/{row['groups']['known']:,}"
         shares = ("-" if row[of] is None else f"{row[of]:.4f}" for of in ("precision", "recall"))
-        table.add_row(files, *times, groups, *shares)
+        table.add_row(files, *times, memory, groups, *shares)
     Console(highlight=False).print(table)
     return write_result(content, name, out)

@@ -167,7 +167,7 @@ def _near_in_time(pairs: np.ndarray) -> np.ndarray:
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import reverse_cuthill_mckee
 
-    count = pairs.max(initial=-1) + 1
+    count = pairs.max(initial=0) + 1
     both = np.concatenate([pairs, pairs[:, ::-1]])
     graph = csr_array((np.ones(len(both), dtype=bool), (both[:, 0], both[:, 1])), shape=(count, count))
     place = np.empty(count, dtype=np.int64)
