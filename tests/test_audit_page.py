@@ -165,7 +165,7 @@ def test_drawn_faces_are_covered_where_a_mask_can_be(tmp_path: Path) -> None:
     data.prepare(("test",))
     features = audit._features(data, data.table, 0.5)
     grey = (features["covered"].reshape(-1, 32, 32, 3) == 128).all(axis=3)
-    assert 0.05 < grey.mean() < 0.5
+    assert 0.05 < grey.mean() < 0.65  # a box round mask and straps, wherever the head turns
     assert (grey.mean(axis=(1, 2)) > 0.03).all()
     page = audit.audit(data, 0.5, "drawn")
     assert "mask region covered" in text_of(page)

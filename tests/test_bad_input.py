@@ -131,7 +131,7 @@ CONFIG: dict[str, tuple[list[str], str]] = {
     "unknown key near": (["optim.lrr=1"], r"unknown key optim\.lrr; did you mean optim\.lr\?"),
     "key of another": (["data.root=x"], r"unknown key data\.root; another choice of data= has it"),
     "unknown choice": (["model=resnet"], r"model=resnet does not exist: choose one of deit, deit_distilled, vit$"),
-    "unknown recipe": (["recipe=x"], r"recipe=x does not exist: choose one of deit, vit$"),
+    "unknown recipe": (["recipe=x"], r"recipe=x does not exist: choose one of deit, fast, vit$"),
     "group null": (["logger=null"], r"a config group cannot be null"),
     "syntax": (["optim.lr=["], r"."),
     "no key": (["fast"], r"fast"),
