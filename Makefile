@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-multinode soak soak-sweep notebooks notebooks-check screenshot reproduce bench gpu-check \
-	lint types clean
+.PHONY: help train test test-all test-multinode soak soak-sweep study study-full notebooks notebooks-check screenshot \
+	reproduce bench gpu-check lint types clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,12 @@ soak: $(VENV)/installed ## Kill runs at 20 random moments, resume them, compare 
 
 soak-sweep: $(VENV)/installed ## Kill workers and drivers of a sweep of naps at 60 random moments, count its 30 trials
 	$(BIN)/python tests/sweeping.py soak 60 $(or $(SEED),0)
+
+study: $(VENV)/installed ## Rerun the study of experiments/PROTOCOL.md from raw pictures to tables (DATA=DIR; resumes)
+	$(BIN)/facemask study $(DATA)
+
+study-full: $(VENV)/installed ## Its GPU edition: base, 224 px, pretrained (DATA=DIR; not tried: no GPU here)
+	$(BIN)/facemask study $(DATA) --tier full --workers 1
 
 notebooks: $(VENV)/installed ## Execute all notebooks and keep their outputs (NAMES="02_ablation" for some)
 	$(BIN)/python tests/notebooks.py $(NAMES)

@@ -85,7 +85,7 @@ def main(run: str, out: str) -> None:
     from facemask.demo import build_server
     from facemask.predict import load_model
 
-    server = build_server(load_model(run), "127.0.0.1", 0)
+    server = build_server(lambda: load_model(run), "127.0.0.1", 0)
     with TemporaryDirectory() as made, running(server) as url, chromium() as page:
         write_folder(Path(made), 20, 1)
         page.driver.get(url)

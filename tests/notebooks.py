@@ -24,7 +24,7 @@ def run(script: Path) -> Any:
     book = jupytext.read(script)
     kernels = AsyncKernelManager(transport="ipc")  # no port that others could reach
     where = {"metadata": {"path": str(FOLDER.parent)}}
-    NotebookClient(book, kernels, timeout=600, coalesce_streams=True, resources=where).execute()
+    NotebookClient(book, kernels, timeout=1800, coalesce_streams=True, resources=where).execute()
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     book.metadata = {"jupytext": {"formats": "ipynb,py:percent"}, "kernelspec": kernel}
     for number, cell in enumerate(book.cells):

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from facemask import bench, bench_train
-from facemask.bench import AUGMENTS, machine_kind, pairs, ratio
+from facemask import bench, bench_data, bench_train
+from facemask.bench import machine_kind, pairs, rates, ratio
+from facemask.bench_data import AUGMENTS
 from facemask.bench_train import Loop, Loops, parts_of_a_step
 from facemask.cli import app
 from facemask.errors import UserError
@@ -33,6 +34,7 @@ def test_pairs_are_taken_in_turn_after_one_uncounted_call_of_each(monkeypatch: p
 def test_ratio_by_hand() -> None:
     result = ratio([(1.0, 3.0), (2.0, 4.0), (1.5, 6.0)])
     assert result == {"seconds": 1.5, "other_seconds": 4.0, "ratio": 4 / 1.5, "lowest": 2.0, "highest": 4.0}
+    assert rates([(2.0, 4.0)], 8).items() >= {"ours_per_s": 4.0, "other_per_s": 2.0, "ratio": 2.0}.items()
 
 
 def test_a_kind_of_machine_is_a_folder_name() -> None:
@@ -45,6 +47,16 @@ def test_the_options_of_the_command() -> None:
     result = CliRunner().invoke(app, ["bench", "data", "--pictures", "63"])
     assert result.exit_code == 2
     assert "--pictures" in result.output
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures") / "noise"
+    for i in range(240):
+        (root / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 26, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((260, 200)).save(root / "ab"[i % 2] / f"{i}.jpg")
+    return root
 
 
 @pytest.mark.slow
@@ -63,16 +75,10 @@ def test_bench_teacher(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_bench_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = tmp_path / "faces"
-    for i in range(120):
-        (root / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 256, (20, 26, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((260, 200)).save(root / "ab"[i % 2] / f"{i}.jpg")
-    monkeypatch.chdir(tmp_path)
+def test_bench_data(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FACEMASK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(bench, "AUGMENTS", ("vit", "deit"))
-    file = bench.bench_data(root, 2, 64, tmp_path / "out")
+    monkeypatch.setattr(bench_data, "AUGMENTS", ("vit", "deit"))
+    file = bench_data.bench_data(noise, 2, 64, tmp_path / "out")
     assert file.parent.parent == tmp_path / "out" / "bench"
     content = json.loads(file.read_text())
     compared = [(row["augment"], row["against"]) for row in content["comparisons"]]
@@ -83,7 +89,7 @@ def test_bench_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert content["pictures_per_round"] == 64
     assert set(content["versions"]) >= {"torch", "torchvision", "albumentations"}
     assert "RandomResizedCrop" in content["milliseconds_per_picture"]["vit"]
-    assert str(tmp_path) not in file.read_text()
+    assert str(noise) not in file.read_text()
     assert AUGMENTS == ("light", "vit", "deit")
 
 
@@ -179,16 +185,6 @@ def test_what_bench_train_refuses() -> None:
         assert sentence in str(result.exception)
 
 
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("pictures") / "noise"
-    for i in range(240):
-        (root / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 256, (20, 26, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((260, 200)).save(root / "ab"[i % 2] / f"{i}.jpg")
-    return root
-
-
 @pytest.mark.slow
 def test_bench_train(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def others(loops: Loops, pictures: tuple[str, list[str]]) -> dict[str, Loop]:
@@ -219,7 +215,7 @@ def test_bench_profile(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_flat_over_50_epochs(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FACEMASK_CACHE", str(tmp_path / "cache"))
-    with Loops(["data=folder", f"data.root={noise}"], "tiny", 32, 84, "fp32", tmp_path) as loops:
+    with Loops(["data=folder", f"data.root={noise}"], "tiny", 32, 84, "fp32") as loops:
         loop = loops.ours("model.depth=1")
         loop.seconds(10)
         before = loop.peak_memory()

@@ -26,7 +26,7 @@ def test_all_engines_decide_alike_and_are_timed(tmp_path):
     assert whats[:3] == ["predict / pipeline, defaults of both", "fp32, batch 1", "fp32, batch 32"]
     for row in content["comparisons"]:
         assert row["other_decisions"] == 0
-        assert row["ratio"] == pytest.approx(row["ours_per_s"] / row["pipeline_per_s"])
+        assert row["ratio"] == pytest.approx(row["ours_per_s"] / row["other_per_s"])
     engines = {row["engine"]: row for row in content["latency"]}
     assert {"torch fp32", "ONNX Runtime fp32", "ONNX Runtime int8"} <= engines.keys()
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in engines.values())

@@ -12,7 +12,7 @@ from test_export import caches, finished
 from typer.testing import CliRunner
 
 from facemask import audit
-from facemask.card import card
+from facemask.card import _cell, card
 from facemask.cli import app
 from facemask.config import ROOT
 from facemask.errors import UserError
@@ -56,6 +56,13 @@ def test_the_card_of_a_record_has_the_numbers_of_its_predictions() -> None:
     assert "No evaluation on pictures from another source is stored in a record" in text
     assert "{{" not in text
     assert "None" not in text
+
+
+def test_an_interval_over_few_seeds_ends_where_the_metric_does() -> None:
+    entries = {"accuracy": {"mean": 0.98, "low": 0.9, "high": 1.06}, "nll": {"mean": 0.5, "low": -0.25, "high": 1.25}}
+    assert _cell(entries, "accuracy") == "98.0 [90.0, 100.0]"
+    assert _cell(entries, "nll") == "0.500 [0.000, 1.250]"
+    assert _cell(entries, "ece") == "–"
 
 
 def test_a_changed_record_gets_no_card(tmp_path: Path) -> None:

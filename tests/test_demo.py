@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from typer.testing import CliRunner
 
 from facemask.cli import app
 from facemask.data.synthetic import write_folder
-from facemask.demo import MAX_MEGABYTES, Server, build_server
+from facemask.demo import MAX_MEGABYTES, Answer, Server, build_server
 from facemask.errors import UserError
 from facemask.predict import load_model
 
@@ -26,14 +28,17 @@ pytest.importorskip("selenium", reason="needs selenium")
 from chromium import DRIVER, chromium, running
 
 
-def answer_size(data: bytes) -> dict:
-    return {"bytes": len(data)}
+@contextmanager
+def serving(answer: Answer) -> Iterator[Server]:
+    server = Server("127.0.0.1", 0)
+    server.show("<b>a run</b>", 64_000_000, answer)
+    with running(server):
+        yield server
 
 
 @pytest.fixture
 def server():
-    server = Server("127.0.0.1", 0, "<b>a run</b>", 64_000_000, answer_size)
-    with running(server):
+    with serving(lambda data: {"bytes": len(data)}) as server:
         yield server
 
 
@@ -85,8 +90,7 @@ def test_answers_one_at_a_time_and_all_ten():
         inside.pop()
         return {"bytes": len(data)}
 
-    server = Server("127.0.0.1", 0, "", 64_000_000, answer)
-    with running(server), ThreadPoolExecutor(10) as pool:
+    with serving(answer) as server, ThreadPoolExecutor(10) as pool:
         replies = list(pool.map(lambda n: send(server, "POST", "/predict", bytes(n)), range(10)))
     assert [json.loads(content)["bytes"] for _, _, content in replies] == list(range(10))
     assert most == [1] * 10
@@ -96,8 +100,7 @@ def test_a_defect_is_told_on_both_sides(capsys):
     def answer(data: bytes) -> dict:
         raise ZeroDivisionError
 
-    server = Server("127.0.0.1", 0, "", 64_000_000, answer)
-    with running(server):
+    with serving(answer) as server:
         assert error_of(send(server, "POST", "/predict", b"x")) == (
             500,
             "the model failed on this picture: see where facemask demo was started",
@@ -107,14 +110,18 @@ def test_a_defect_is_told_on_both_sides(capsys):
             told += capsys.readouterr().err
 
 
-def test_a_taken_port_and_a_foreign_host_end_in_a_sentence():
+def test_a_taken_port_and_a_foreign_host_end_in_a_sentence_before_the_model_is_loaded():
+    def load():
+        raise AssertionError("loaded for nothing")
+
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} is taken by another program: stop it, or choose another"):
-            Server("127.0.0.1", port, "", 1, answer_size)
+            build_server(load, "127.0.0.1", port)
     with pytest.raises(UserError, match=r"192\.0\.2\.1:0 cannot be served .*: choose --host, --port"):
-        Server("192.0.2.1", 0, "", 1, answer_size)
-    assert Server("::1", 0, "", 1, answer_size).url.startswith("http://[::1]:")
+        build_server(load, "192.0.2.1", 0)
+    with Server("::1", 0) as server:
+        assert server.url.startswith("http://[::1]:")
 
 
 # -- with a model -----------------------------------------------------------------------------------------------
@@ -134,7 +141,7 @@ def faces(tmp_path_factory) -> list[Path]:
 
 def test_says_what_predict_says(run, faces):
     model = load_model(run, precision="fp32")
-    with running(build_server(model, "127.0.0.1", 0)) as url:
+    with running(build_server(lambda: model, "127.0.0.1", 0)) as url:
         answers = [json.loads(urllib.request.urlopen(f"{url}predict", file.read_bytes()).read()) for file in faces]
     for answer, expected in zip(answers, model.predict(faces), strict=True):
         assert answer["label"] == expected.label
@@ -172,7 +179,7 @@ def test_stops_on_ctrl_c(run):
     )
     try:
         line = process.stdout.readline()
-        assert line.startswith(f"serving {run} at http://127.0.0.1:")
+        assert line.startswith("serving at http://127.0.0.1:")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     finally:
@@ -187,7 +194,7 @@ def test_in_a_browser_without_the_internet(run, faces, tmp_path):
     bad.write_text("Dear all")
     large.write_bytes(bytes(MAX_MEGABYTES * 1_000_000 + 1))
     Image.new("1", (9000, 8000)).save(many)
-    with running(build_server(load_model(run), "127.0.0.1", 0)) as url, chromium() as page:
+    with running(build_server(lambda: load_model(run), "127.0.0.1", 0)) as url, chromium() as page:
         page.driver.get(url)
         text = page.upload(faces[0], "result")
         assert page.wait("label") in ("with_mask", "without_mask")

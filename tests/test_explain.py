@@ -206,6 +206,6 @@ def test_without_the_data_pictures_are_explained_all_the_same(run, tmp_path):
 
 
 def test_a_cnn_has_an_occlusion_map_alone(tmp_path):
-    run = drawn_run(tmp_path, "model=vit", "model.name=resnet10t", "model.depth=null")
+    run = drawn_run(tmp_path, "model=vit", "model.name=resnet10t", "model.depth=null", "data.num_images=40")
     found = maps(load_model(run, device="cpu"), np.zeros((32, 32, 3), np.uint8))
     assert {kind: heat.shape for kind, heat in found.items()} == {("occlusion", "head"): (7, 7)}

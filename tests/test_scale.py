@@ -4,11 +4,13 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -33,7 +35,7 @@ def options(tmp_path_factory):
     """Nothing random in the student, fp32, whole batches; 2 pictures to validate with and 7 to test."""
     cache = tmp_path_factory.mktemp("scale")
     exact = ["trainer.precision=32-true", "model.drop_path_rate=0", "data.split_ratios=[0.8,0.05,0.15]"]
-    exact += ["data.num_images=47", "trainer.max_epochs=17", "model=deit", "distill=logit"]
+    exact += ["data.num_images=47", "data.batch_size=6", "trainer.max_epochs=9", "model=deit", "distill=logit"]
     return [*SMALL, *exact, f"cache_dir={cache}"]
 
 
@@ -48,7 +50,7 @@ def test_two_and_three_processes_train_and_evaluate_as_one_does(options, tmp_pat
 
     train = str(ROOT / "train.py")
     said = finish([sys.executable, train, *own("1"), f"run_dir={tmp_path}/1"])
-    assert "learning rate 0.000188 (0.001 per 64 images, linear)" in said
+    assert "learning rate 9.38e-05 (0.001 per 64 images, linear)" in said
     launcher = ["hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path}/2"]
     finish([sys.executable, train, *launcher, *own("2"), "trainer=ddp_cpu"])
     three = [*own("3"), "trainer=ddp_cpu", "trainer.devices=3", "name=three"]
@@ -60,7 +62,7 @@ def test_two_and_three_processes_train_and_evaluate_as_one_does(options, tmp_pat
     folders = [tmp_path / "1", tmp_path / "2" / "0", folder]
 
     one, *others = [losses(path) for path in folders]
-    assert len(one) == 51
+    assert len(one) == 54
     for other in others:
         np.testing.assert_allclose(other[:10], one[:10], rtol=1e-4)
         np.testing.assert_allclose(other, one, rtol=1e-3)
@@ -140,7 +142,8 @@ def test_evaluation_is_the_same_bits_on_any_number_of_ranks(monkeypatch):
 
 @pytest.mark.slow
 def test_a_lost_rank_ends_all_and_the_run_goes_on_with_another_number(options, tmp_path):
-    long = [*options, "trainer.max_epochs=40", "callbacks.last.every_n_train_steps=4"]
+    long = [*options, "trainer.max_epochs=20", "callbacks.last.every_n_train_steps=4"]
+    long += ["+trainer.check_val_every_n_epoch=20"]
     last = tmp_path / "run/checkpoints/last.ckpt"
     own = [f"run_dir={tmp_path}/run", f"ledger={tmp_path}/ledger"]
     command = [sys.executable, str(ROOT / "train.py"), *long, *own]
@@ -178,7 +181,10 @@ def test_a_lost_rank_ends_all_and_the_run_goes_on_with_another_number(options, t
 
 @pytest.mark.slow
 def test_ranks_with_different_jobs_stop_before_the_first_step(options, tmp_path):
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "TORCHELASTIC_RUN_ID": "x"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}
     ranks = []
     for rank in (0, 1):
         own = [f"run_dir={tmp_path}/run", f"optim.lr=0.00{rank + 1}", "trainer=ddp_cpu", f"ledger={tmp_path}/ledger"]
@@ -240,7 +246,54 @@ def test_without_a_gpu_the_check_of_gpus_is_one_sentence():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="torch sees no GPU here, so there is nothing to check"):
-        gpu_check.gpu_check(Path("unused"))
+        gpu_check.gpu_check(Path("unused"), "gpu", "tiny", 32, 6)
+
+
+@pytest.mark.slow
+def test_the_check_of_gpus_runs_as_a_whole_on_a_cpu(tmp_path, monkeypatch, capsys):
+    """One real training stands for all that are compared; that they differ where they do is asked above."""
+    asked, train = {}, gpu_check.Runs.__call__
+
+    def once(runs: gpu_check.Runs, name: str, *options: str) -> Path:
+        asked[name] = options
+        return train(runs, "run", *gpu_check.EXACT)
+
+    monkeypatch.setattr(gpu_check.Runs, "__call__", once)
+    file, holds = gpu_check.gpu_check(tmp_path, "cpu", "tiny", 32, 6)
+    said, content = capsys.readouterr().out, json.loads(file.read_text())
+    assert file.parent.parent == tmp_path / "bench"
+    assert content["command"] == "facemask bench gpu --size tiny --side 32 --batch 6"
+    checks = content["checks"]
+    assert list(checks) == ["throughput", "determinism", "16 bits", "2 devices"]
+    fast = checks["throughput"]
+    assert fast["ratio"] == pytest.approx(fast["ours_per_s"] / fast["other_per_s"])
+    assert fast["holds"] == holds == (fast["ratio"] >= gpu_check.BARE)
+    assert checks["determinism"]["holds"]
+    assert checks["2 devices"]["losses"] == [0, 0]
+    assert "in 55, logits of" in checks["2 devices"]["sentence"]
+    assert asked["two"][:2] == ("trainer=ddp_cpu", "trainer.devices=2")
+    if devices.native_bf16("cpu"):
+        assert asked["16"][-1] == "trainer.precision=bf16-mixed"
+    assert all(sentence in said for sentence in ("throughput", "determinism  holds: two runs of one command"))
+
+
+def test_a_run_of_the_check_that_fails_is_told_with_its_end(tmp_path):
+    with pytest.raises(
+        UserError, match=r"the run a ended with exit code 2: error: optim\.lr=-1 must be a number above 0"
+    ):
+        gpu_check.Runs(tmp_path, ["trainer=cpu"])("a", "optim.lr=-1")
+
+
+def test_a_lost_rank_ends_this_process_though_nothing_can_be_written(monkeypatch):
+    ranks = Ranks({"run_dir": "/a"}, "f", on_loss=lambda error: (_ for _ in ()).throw(OSError("No space left")))
+    ranks.trainer = SimpleNamespace(world_size=2, global_rank=0, local_rank=0, strategy=SimpleNamespace(launcher=None))
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="1"):
+        ranks.end()
 
 
 # -- what suits the device ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import inspect
 import itertools
 import json
 from collections.abc import Callable, Collection
@@ -18,13 +19,13 @@ from facemask.data import splits as data_splits
 from facemask.data.manifest import label_conflicts, near_conflicts
 from facemask.errors import UserError
 from facemask.runs import metrics
-from facemask.runs.page import INK, MUTED, SERIES, Cell, Page, plot
-from facemask.runs.predictions import logits, read_predictions, write_predictions
+from facemask.runs.calibration import class_indices
+from facemask.runs.page import Cell, Page
+from facemask.runs.predictions import COLUMNS, logits, read_predictions, write_predictions
+from facemask.runs.report import number
 from facemask.runs.statistics import mean_difference
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from facemask.data.datamodule import ImageData
 
 HEADS = {
@@ -143,9 +144,9 @@ def kept_shortcuts(table: pd.DataFrame, img_size: int, crop_pct: float, cache_di
 def _file(table: pd.DataFrame, what: dict[str, Any], cache_dir: Path) -> Path:
     import sklearn
 
-    code = "".join(Path(file).read_text() for file in (__file__, str(shortcuts.__file__)))
+    code = [inspect.getsource(part) for part in (shortcuts, baselines, shortcut_predictions, _features)]
     groups = table[["path", "group"]].sort_values("path").to_numpy().tolist()
-    key = [data_splits.fingerprint(table), groups, what, code, sklearn.__version__]
+    key = [data_splits.fingerprint(table), groups, what, code, MOST_TRAIN, TREES, LEAF, sklearn.__version__]
     return cache_dir / "audits" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.parquet"
 
 
@@ -164,7 +165,7 @@ def _kept(table: pd.DataFrame, what: dict[str, Any], cache_dir: Path, fit: Calla
 def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
     joined = frames[0]
     for frame in frames[1:]:
-        joined = joined.merge(frame, on=["id", "split", "group", "label"], how="left", validate="one_to_one")
+        joined = joined.merge(frame, on=COLUMNS, how="left", validate="one_to_one")
     return joined
 
 
@@ -195,44 +196,41 @@ def audit(data: "ImageData", degrade: float, source: str) -> Page:
     return page
 
 
-def _copies(table: pd.DataFrame) -> pd.Series:
-    """Near-duplicate group of each picture, whatever else a split keeps together."""
-    return table["dup_group"] if "dup_group" in table else table["group"]
-
-
 def _also_in(table: pd.DataFrame, names: pd.Series, one: str, other: str) -> pd.Series:
     """Rows of split `one` (bool, over the table) whose name split `other` has too; an empty name is none."""
     elsewhere = set(names[(table["split"] == other) & (names != "")])
     return (table["split"] == one) & names.isin(elsewhere)
 
 
-def _persons(table: pd.DataFrame) -> pd.Series | None:
-    return table["person"].fillna("").astype(str) if "person" in table else None
+def _percent(heads: dict[str, Any], head: str, metric: str = "accuracy") -> str:
+    return number(heads[head][metric], percent=True)
 
 
-def _percent(entry: dict[str, Any]) -> str:
-    if entry["low"] is None:
-        return f"{100 * entry['value']:.1f}"
-    return f"{100 * entry['value']:.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
+def _known(data: "ImageData") -> dict[str, pd.Series]:
+    """What pictures may share -> its name for each of them: same pixels, near-duplicate, same person where known."""
+    table = data.table
+    exact = table["sha256" if "pixels_sha256" not in table else "pixels_sha256"]
+    copies = table["group" if "dup_group" not in table else "dup_group"]  # whatever else a split keeps together
+    kinds = {"same pixels": exact, "near-duplicate": copies}
+    return kinds | ({"same person": table["person"].fillna("").astype(str)} if "person" in table else {})
 
 
 def _findings(data: "ImageData", heads: dict[str, Any]) -> list[str]:
-    table = data.table
-    tested = table["split"] == "test"
-    majority, facts = heads["majority"]["accuracy"]["value"], heads["no_pixels"]["accuracy"]
-    leaked = int(_also_in(table, _copies(table), "test", "train").sum())
+    tested, shares = (data.table["split"] == "test").sum(), {}
+    for kind, names in _known(data).items():
+        hits = int(_also_in(data.table, names, "test", "train").sum())
+        shares[kind] = f"{hits:,} of {tested:,} test pictures ({hits / tested:.1%})"
     found = [
-        f"{leaked:,} of {tested.sum():,} test pictures ({leaked / tested.sum():.1%}) have a near-duplicate in train.",
-        f"Without any pixel, from width, height, bytes and format, {_percent(facts)} % of the test labels are told "
-        f"(majority class {majority:.1%}): read a model's accuracy as its distance from there.",
+        f"{shares['near-duplicate']} have a near-duplicate in train.",
+        f"Without any pixel, from width, height, bytes and format, {_percent(heads, 'no_pixels')} % of the test "
+        f"labels are told (majority class {_value(heads, 'majority'):.1%}): read a model's accuracy as its distance "
+        "from there.",
     ]
     strongest = max((head for head in HEADS if head not in ("majority", "pixels")), key=lambda h: _value(heads, h))
     if strongest != "no_pixels":
         found.append(f"The strongest shortcut is “{_title(data, strongest)}”: {_value(heads, strongest):.1%}.")
-    persons = _persons(table)
-    if persons is not None:
-        seen = int(_also_in(table, persons, "test", "train").sum())
-        found.append(f"{seen:,} of {tested.sum():,} test pictures ({seen / tested.sum():.1%}) show a person of train.")
+    if "same person" in shares:
+        found.append(f"{shares['same person']} show a person of train.")
     if data.left_out:
         found.append(f"{len(data.left_out):,} files cannot be used and are left out of everything here.")
     if data.unnamed:
@@ -255,12 +253,8 @@ def _balance(page: Page, data: "ImageData") -> None:
         [label, *map(int, numbers), int(numbers.sum()), f"{numbers.sum() / len(data.table):.1%}"]
         for label, numbers in zip(counts.index, counts.to_numpy(), strict=True)
     ]
-    total = counts.to_numpy().sum(axis=0)
-    page.table(
-        ["class", *counts.columns, "all", "share"],
-        [*rows, ["all classes", *map(int, total), len(data.table), ""]],
-        strong=[len(rows)],
-    )
+    rows.append(["all classes", *map(int, counts.to_numpy().sum(axis=0)), len(data.table), ""])
+    page.table(["class", *counts.columns, "all", "share"], rows, strong=[len(data.classes)])
     page.text(f"{data.table['group'].nunique():,} groups of pictures that a split keeps together.")
 
 
@@ -294,11 +288,7 @@ def _first(count: int) -> str:
 def _leaks(page: Page, data: "ImageData") -> None:
     page.heading("The same picture or person in two splits")
     table = data.table
-    exact = table["sha256"] if "pixels_sha256" not in table else table["pixels_sha256"]
-    kinds = {"same pixels": exact, "near-duplicate": _copies(table)}
-    persons = _persons(table)
-    if persons is not None:
-        kinds["same person"] = persons
+    kinds = _known(data)
     rows: list[list[Cell]] = []
     for one, other in (("test", "train"), ("val", "train"), ("test", "val")):
         for label in data.classes:
@@ -307,18 +297,16 @@ def _leaks(page: Page, data: "ImageData") -> None:
             shares = [f"{n:,} ({n / max(1, mine.sum()):.1%})" for n in hits]
             rows.append([f"{one} in {other}", label, int(mine.sum()), *shares])
     page.table(["splits", "class", "pictures", *kinds], rows, "pictures of the first split found in the second")
-    manifest = getattr(data, "manifest", None)
-    if manifest is not None:
+    if (manifest := getattr(data, "manifest", None)) is not None:
         page.text(f"Near-duplicates are those of {manifest}.")
     elif not data.drawn:
         page.text(
             "Near-duplicates are those of the folder's manifest.csv, where facemask data scan wrote one, and else of "
             "its search by hashes, which misses rotated, cropped and edited copies (facemask data scan --thorough)."
         )
-    if persons is not None:
-        page.text(
-            f"Persons are known for {(persons != '').sum():,} pictures ({persons[persons != ''].nunique():,} persons)."
-        )
+    if "same person" in kinds:
+        persons = kinds["same person"][kinds["same person"] != ""]
+        page.text(f"Persons are known for {len(persons):,} pictures ({persons.nunique():,} persons).")
 
 
 def _conflicts(page: Page, data: "ImageData") -> None:
@@ -342,46 +330,23 @@ def _conflicts(page: Page, data: "ImageData") -> None:
     ]
     page.table(["", "file", "label", "split"], rows[:LISTED], _first(len(rows)))
     shown = near["path"][near["path"].map(split_of).isin(["train", "val", "test"])][:12]
-    page.pictures([(_pixels(data, path), path) for path in shown])
-
-
-def _pixels(data: "ImageData", path: str) -> np.ndarray:
-    row = data.cache_rows[pd.Index(data.table["path"]).get_loc(path)]
-    return data.pixels[row]
+    page.pictures([(data.picture(path), path) for path in shown])
 
 
 def _shortcut_table(page: Page, data: "ImageData", heads: dict[str, Any]) -> None:
     page.heading("Shortcuts")
     majority = _value(heads, "majority")
     tested, groups = heads["majority"]["n"], heads["majority"]["groups"]
-    rows: list[list[Cell]] = [
-        [
-            _title(data, head),
-            _percent(heads[head]["accuracy"]),
-            f"{100 * (_value(heads, head) - majority):+.1f}",
-            _percent(heads[head]["balanced_accuracy"]),
-        ]
-        for head in HEADS
-    ]
+    rows: list[list[Cell]] = []
+    for head in HEADS:
+        above = f"{100 * (_value(heads, head) - majority):+.1f}"
+        both = _percent(heads, head), _percent(heads, head, "balanced_accuracy")
+        rows.append([_title(data, head), both[0], above, both[1]])
     page.table(
         ["what is seen", "test accuracy, %", "above majority", "balanced, %"],
         rows,
         f"{tested:,} test pictures in {groups:,} groups; in brackets 95 % intervals, resampled by group",
     )
-
-    def draw(figure: "Figure") -> None:
-        axes = figure.add_subplot()
-        for y, head in enumerate(reversed(HEADS)):
-            entry = heads[head]["accuracy"]
-            if entry["low"] is not None:
-                axes.plot([100 * entry["low"], 100 * entry["high"]], [y, y], color=SERIES[0], linewidth=2)
-            axes.plot(100 * entry["value"], y, "o", color=MUTED if head == "majority" else SERIES[0])
-        axes.axvline(100 * majority, color=MUTED, linewidth=1, linestyle="--")
-        axes.set_yticks(range(len(HEADS)), [_title(data, head) for head in reversed(HEADS)], color=INK)
-        axes.set_xlabel("test accuracy, % (dashed: majority class)")
-        axes.grid(axis="y", visible=False)
-
-    page.figure(plot(draw, height=2.6), "Test accuracy of each shortcut with its 95 % interval")
     covered = (
         "In “mask region covered” a grey box lies over all that a mask and its straps could cover, worn or not. "
         if data.drawn
@@ -397,9 +362,7 @@ def _shortcut_table(page: Page, data: "ImageData", heads: dict[str, Any]) -> Non
 
 def _pixel_table(page: Page, data: "ImageData", frame: pd.DataFrame, heads: dict[str, Any], degrade: float) -> None:
     page.heading("Pixel shortcuts, and what degrading the views leaves of them")
-    index = {name: i for i, name in enumerate(data.classes)}
-    labels = frame["label"].map(index).to_numpy()
-    groups = pd.factorize(frame["group"])[0]
+    labels, groups = class_indices(frame, data.classes), pd.factorize(frame["group"])[0]
     rows: list[list[Cell]] = []
     for head, title in PIXEL_SHORTCUTS.items():
         pair = (head, f"{head}_degraded")
@@ -407,7 +370,7 @@ def _pixel_table(page: Page, data: "ImageData", frame: pd.DataFrame, heads: dict
         change = mean_difference(after.astype(float) - before, groups, np.random.default_rng(0), resamples=1000)
         low, high = max(-1.0, change.low), min(1.0, change.high)
         interval = f"{100 * change.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-        rows.append([title, *(_percent(heads[name]["accuracy"]) for name in pair), interval])
+        rows.append([title, *(_percent(heads, name) for name in pair), interval])
     page.table(
         ["what is seen", "evaluation view, %", f"degrade={degrade:g}, %", "change, points"],
         rows,

@@ -2,18 +2,17 @@
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from facemask import export
-from facemask.bench import pairs, ratio, write_result
+from facemask.bench import asked, in_turn, pairs, rates, show, spread, write_result
 from facemask.errors import UserError
 from facemask.predict import BATCH, load_model, pictures_below
 
@@ -57,7 +56,7 @@ def bench_inference(run: Path, root: Path, pictures: int, rounds: int, latencies
     }
     with tempfile.TemporaryDirectory() as made:
         source = export.Source(exact.classifier, exact.classes, exact.img_size, exact.crop_pct)
-        folders = {name: Path(made) / name for name in ("hf", "onnx", "int8")}
+        folders = {name: Path(made) / name for name in ("hf", "onnx")}
         for folder in folders.values():
             folder.mkdir()
         export.write_hugging_face(folders["hf"], source)
@@ -80,58 +79,43 @@ def bench_inference(run: Path, root: Path, pictures: int, rounds: int, latencies
         rows: list[dict[str, Any]] = []
         for what, kind, a, b in comparisons:
             flips = sum(x != y for x, y in zip(a(), b(), strict=True))
-            figures = ratio(pairs(a, b, rounds))
-            rates = {
-                f"{k}_per_s": len(files) / figures.pop(f"{s}seconds") for k, s in (("ours", ""), ("pipeline", "other_"))
-            }
-            rows.append({"what": what, "needed": NEEDED[kind], **rates, **figures, "other_decisions": flips})
+            figures = rates(pairs(a, b, rounds), len(files))
+            rows.append({"what": what, "needed": NEEDED[kind], **figures, "other_decisions": flips})
         content["comparisons"] = rows
 
         pixels = torch.from_numpy(np.stack([exact.view(file) for file in files[:64]])).permute(0, 3, 1, 2).contiguous()
         images = export.normalised(source, pixels)
-        export.write_onnx(folders["onnx"], source)
-        export.write_int8(folders["int8"], folders["onnx"], images)
+        export.write_int8(folders["onnx"], source)
+        whole, small = (export.load_onnx(folders["onnx"], name) for name in (export.FP32, "model.onnx"))
         engines: dict[str, Callable[[int], Any]] = {
             "torch fp32": lambda i: exact.logits(pixels[i : i + 1]),
-            **({"torch bf16": lambda i: model.logits(pixels[i : i + 1], bf16=True)} if model.half is not None else {}),
-            "ONNX Runtime fp32": partial(_onnx, export.load_onnx(folders["onnx"]), images),
-            "ONNX Runtime int8": partial(_onnx, export.load_onnx(folders["int8"]), images),
+            "torch bf16": lambda i: model.logits(pixels[i : i + 1], bf16=True),
+            "ONNX Runtime fp32": lambda i: whole.logits(images[i : i + 1]),
+            "ONNX Runtime int8": lambda i: small.logits(images[i : i + 1]),
         }
+        if model.half is None:
+            del engines["torch bf16"]
         content["latency"] = _latency(engines, latencies, len(pixels))
-    _print(content)
+    title = f"{content['model']} at {content['img_size']} pixels, {len(files)} files, images/s"
+    table = [
+        [row["what"], f"{row['ours_per_s']:.1f}", f"{row['other_per_s']:.1f}", *spread(row), asked(row, row["needed"]),
+         str(row["other_decisions"])]
+        for row in rows
+    ]  # fmt: skip
+    show(title, ("", "predict", "pipeline", "ratio", "spread", "needed", "other decisions"), table)
+    times = [[row["engine"], f"{row['p50_ms']:.1f}", f"{row['p95_ms']:.1f}"] for row in content["latency"]]
+    show("latency", ("one picture", "p50, ms", "p95, ms"), times)
     return write_result(content, "inference", out)
-
-
-def _onnx(loaded: export.Loaded, images: torch.Tensor, index: int) -> Any:
-    return loaded.logits(images[index : index + 1])
 
 
 def _latency(engines: dict[str, Callable[[int], Any]], calls: int, pictures: int) -> list[dict[str, Any]]:
     """Milliseconds of one picture, the engines in turn."""
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    for call in range(calls + 5):
-        for name, engine in engines.items():
-            start = time.perf_counter()
-            engine(call % pictures)
-            times[name].append(1e3 * (time.perf_counter() - start))
-    warm = {name: of[5:] for name, of in times.items()}
-    return [
-        {"engine": name, "p50_ms": float(np.median(of)), "p95_ms": float(np.percentile(of, 95))}
-        for name, of in warm.items()
-    ]
 
+    def milliseconds(engine: Callable[[int], Any], calls: Iterator[int]) -> float:
+        start = time.perf_counter()
+        engine(next(calls) % pictures)
+        return 1000 * (time.perf_counter() - start)
 
-def _print(content: dict[str, Any]) -> None:
-    title = f"{content['model']} at {content['img_size']} pixels, {content['pictures']} files, images/s"
-    table = Table("", "predict", "pipeline", "ratio", "spread", "needed", "other decisions", title=title)
-    for row in content["comparisons"]:
-        missed = " missed" if row["ratio"] < row["needed"] else ""
-        rates = (f"{row['ours_per_s']:.1f}", f"{row['pipeline_per_s']:.1f}", f"{row['ratio']:.2f}")
-        spread = f"{row['lowest']:.2f}-{row['highest']:.2f}"
-        table.add_row(row["what"], *rates, spread, f"{row['needed']}{missed}", str(row["other_decisions"]))
-    latency = Table("one picture", "p50, ms", "p95, ms")
-    for row in content["latency"]:
-        latency.add_row(row["engine"], f"{row['p50_ms']:.1f}", f"{row['p95_ms']:.1f}")
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(latency)
+    times = in_turn({name: partial(milliseconds, engine, count()) for name, engine in engines.items()}, calls + 5)
+    percentiles = {name: np.percentile(of[5:], [50, 95]).tolist() for name, of in times.items()}
+    return [{"engine": name, "p50_ms": p50, "p95_ms": p95} for name, (p50, p95) in percentiles.items()]

@@ -33,10 +33,6 @@ def bare(settings: dict[str, Any]) -> None:
     from timm.layers import set_fused_attn
 
     set_fused_attn(torch.cuda.is_available())  # the faster choice, as in facemask.modeling.backbones
-    if settings.get("keep_memory"):
-        from facemask.devices import keep_freed_memory
-
-        keep_freed_memory()
     device = _device()
     model = timm.create_model(settings["model"], num_classes=2, img_size=settings["side"]).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
@@ -149,6 +145,7 @@ def hugging_face(settings: dict[str, Any]) -> None:
     ours: dict[str, Any] = {} if settings["defaults"] else {
         "per_device_train_batch_size": settings["batch"],
         "bf16": settings["precision"] == "bf16",
+        "fp16": settings["precision"] == "fp16",
         "dataloader_num_workers": settings["workers"],
     }  # fmt: skip
     arguments = TrainingArguments(
@@ -160,9 +157,7 @@ def hugging_face(settings: dict[str, Any]) -> None:
         use_cpu=not torch.cuda.is_available(),
         **ours,
     )
-    Trainer(
-        ViTForImageClassification(config), arguments, collate, folder, callbacks=[Ticker()]
-    ).train()  # fmt: skip
+    Trainer(ViTForImageClassification(config), arguments, collate, folder, callbacks=[Ticker()]).train()
 
 
 def ticker() -> Any:
@@ -178,34 +173,23 @@ def ticker() -> Any:
     def step(trainer: Any, *_: Any) -> None:
         whole["step"] += time.perf_counter() - whole["since"]
         whole["since"] = time.perf_counter()
-        tick(steps=trainer.global_step, seconds={"step": whole["step"], **getattr(trainer.profiler, "seconds", {})})
+        parts = getattr(trainer.profiler, "recorded_durations", {})
+        seconds = {"step": whole["step"], **{name: sum(durations) for name, durations in parts.items()}}
+        tick(steps=trainer.global_step, seconds=seconds)
 
     return pl.callbacks.LambdaCallback(on_train_epoch_start=start, on_train_batch_end=step)
 
 
 def parts() -> Any:
-    """Lightning profiler that adds up the seconds of each of its actions, and of the parts of our own step.
+    """Lightning's profiler, which takes the parts of our own step, too.
 
     For `train.py +trainer.profiler._target_=facemask.bench_peers.parts`.
     """
-    from pytorch_lightning.profilers import Profiler
+    from pytorch_lightning.profilers import SimpleProfiler
 
     from facemask.modeling.classifier import Classifier
 
-    class Parts(Profiler):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seconds: dict[str, float] = {}
-            self._since: dict[str, float] = {}
-
-        def start(self, action_name: str) -> None:
-            self._since[action_name] = time.perf_counter()
-
-        def stop(self, action_name: str) -> None:
-            took = time.perf_counter() - self._since[action_name]
-            self.seconds[action_name] = self.seconds.get(action_name, 0.0) + took
-
-    profiler = Parts()
+    profiler = SimpleProfiler()
 
     def timed(name: str) -> None:
         method = getattr(Classifier, name)
@@ -226,7 +210,8 @@ def _device() -> torch.device:
 
 
 def _autocast(settings: dict[str, Any]) -> AbstractContextManager:
-    return torch.autocast(_device().type, torch.bfloat16, enabled=settings["precision"] == "bf16")
+    kind = torch.float16 if settings["precision"] == "fp16" else torch.bfloat16
+    return torch.autocast(_device().type, kind, enabled=settings["precision"] != "fp32")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
-from facemask.bench import write_result
+from facemask.bench import show, write_result
 from facemask.data.manifest import load_manifest, scan
 from facemask.embedding import build_embedder
 
@@ -32,12 +30,8 @@ def bench_scan(sizes: Sequence[int], out: Path) -> Path:
         with tempfile.TemporaryDirectory() as folder:
             known = make_pictures(Path(folder), count)
             rows.append(_search(Path(folder), known, thorough=False))
-    content = {
-        "command": f"facemask bench scan --sizes {','.join(map(str, sizes))}",
-        "source": f"made pictures of {SIDE} x {SIDE} pixels",
-        "searches": rows[1:],  # the first loaded the libraries
-    }
-    return _report(content, "scan", out)
+    content = _shown(f"made pictures of {SIDE} x {SIDE} pixels", rows[1:])  # the first loaded the libraries
+    return write_result(content, "scan", out, sizes=",".join(map(str, sizes)))
 
 
 def bench_duplicates(root: Path, reference: Path, thorough: bool, out: Path) -> Path:
@@ -47,12 +41,10 @@ def bench_duplicates(root: Path, reference: Path, thorough: bool, out: Path) -> 
     """
     with tempfile.TemporaryDirectory() as cache:
         known = load_manifest(root, reference, cache_dir=Path(cache)).set_index("path")["group"]
-    content = {
-        "command": f"facemask bench duplicates DIR --reference {reference.name}{' --thorough' * thorough}",
-        "source": f"a folder, against {reference.name}",
-        "searches": [_search(root, known, thorough=deep) for deep in ([False, True] if thorough else [False])],
-    }
-    return _report(content, "duplicates", out)
+    searches = [_search(root, known, thorough=deep) for deep in ([False, True] if thorough else [False])]
+    command = f"facemask bench duplicates DIR --reference {reference.name}{' --thorough' * thorough}"
+    content = {"command": command, **_shown(f"a folder, against {reference.name}", searches)}
+    return write_result(content, "duplicates", out)
 
 
 def make_pictures(root: Path, count: int) -> pd.Series:
@@ -108,25 +100,15 @@ def _search(root: Path, known: pd.Series, *, thorough: bool) -> dict[str, Any]:
     return {**search, "seconds": seconds[0], "rescan_seconds": seconds[1], "peak_rss_mib": peak, **figures}
 
 
-def _report(content: dict[str, Any], name: str, out: Path) -> Path:
-    table = Table(title=f"Near-duplicates: {content['source']}")
-    for column in (
-        "files",
-        "first\ns",
-        "files/s",
-        "again\ns",
-        "peak\nMiB",
-        "groups\nfound/known",
-        "precision",
-        "recall",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in content["searches"]:
+def _shown(source: str, searches: list[dict[str, Any]]) -> dict[str, Any]:
+    """Print the searches; returns them as the file has them."""
+    columns = ["files", "first\ns", "files/s", "again\ns", "peak\nMiB", "groups\nfound/known", "precision", "recall"]
+    rows = []
+    for row in searches:
         files = f"{row['files']:,}{' thorough' * (row['search'] == 'thorough')}"
         times = f"{row['seconds']:.1f}", f"{row['files'] / row['seconds']:.0f}", f"{row['rescan_seconds']:.2f}"
-        memory = f"{row['peak_rss_mib']:,.0f}"
         groups = f"{row['groups']['found']:,}/{row['groups']['known']:,}"
         shares = ("-" if row[of] is None else f"{row[of]:.4f}" for of in ("precision", "recall"))
-        table.add_row(files, *times, memory, groups, *shares)
-    Console(highlight=False).print(table)
-    return write_result(content, name, out)
+        rows.append([files, *times, f"{row['peak_rss_mib']:,.0f}", groups, *shares])
+    show(f"Near-duplicates: {source}", columns, rows)
+    return {"source": source, "searches": searches}

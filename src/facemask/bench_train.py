@@ -1,6 +1,7 @@
 """Training steps of ours and of others in turn, their memory, and where a step's time goes: `facemask bench ...`."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -12,28 +13,26 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from facemask.bench import ratio, training_data, write_result
+from facemask.bench import asked, console, in_turn, rates, ratio, show, spread, write_result
+from facemask.bench_data import DRAWN, training_data
 from facemask.bench_peers import TICKS
 from facemask.config import ROOT
-from facemask.devices import native_bf16
+from facemask.devices import auto_precision
 from facemask.errors import UserError
 from facemask.files import write_json
 from facemask.parent import followed
 
-DRAWN = ["data=synthetic", "data.num_images=800"]
 PEER_BATCH = 128  # timm's default, the largest
-PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32-true"}
+PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}
 # What is asked of our step, as a multiple of the other's images/s.
 ASKED = {
-    "bare": 1.3,
-    "bare, keeping memory": 0.95,
+    "bare": 0.95,
     "timm": 1.0,
     "timm, distilling": 1.0,
     "Hugging Face": 1.0,
@@ -63,11 +62,15 @@ class Loop:
             )
         os.close(write)
         self._ticks = os.fdopen(read)
-        begin, told = time.perf_counter(), {"start": True}
-        while "start" in told:
-            told = self._told()
-        self.first_step_after = told["time"] - begin
-        self.seconds(1)
+        try:
+            begin, told = time.perf_counter(), {"start": True}
+            while "start" in told:
+                told = self._told()
+            self.first_step_after = told["time"] - begin
+            self.seconds(1)
+        except BaseException:
+            self.end()
+            raise
 
     def _told(self) -> dict[str, Any]:
         line = self._ticks.readline()
@@ -110,51 +113,37 @@ class Loop:
         self._ticks.close()
 
 
-class Loops:
-    """Starts loops on the same pictures, of one model, batch and precision.
+class Loops(ExitStack):
+    """Starts loops on the same pictures, of one model, batch and precision; they end with the context.
 
     Args:
         source: overrides of train.py that choose the data.
-        size, side, batch, precision: of the model, its input, a step, and its arithmetic ("bf16" or "fp32").
-        folder: takes run folders and logs.
+        size, side, batch, precision: of the model, its input, a step, and its arithmetic (of `PRECISIONS`).
     """
 
-    def __init__(self, source: list[str], size: str, side: int, batch: int, precision: str, folder: Path) -> None:
+    def __init__(self, source: list[str], size: str, side: int, batch: int, precision: str) -> None:
+        super().__init__()
         self.source, self.size, self.side, self.batch, self.precision = source, size, side, batch, precision
-        self.folder = folder
-        self._stack = ExitStack()
-        self._count = 0
-
-    def __enter__(self) -> "Loops":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
+        self.folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self._names = map(str, itertools.count())
 
     def _start(self, command: list[str], batch: int, log: Path) -> Loop:
         loop = Loop(command, batch, log)
-        self._stack.callback(loop.end)
+        self.callback(loop.end)
         return loop
 
     def ours(self, *overrides: str) -> Loop:
         """`python train.py` as it is, without validation in between."""
-        self._count += 1
-        run = self.folder / f"ours{self._count}"
-        return self._start(
-            [
-                *(sys.executable, str(ROOT / "train.py"), *self.source, "model=deit", "augment=vit", "logger=none"),
-                *(f"model.size={self.size}", f"model.img_size={self.side}", f"data.batch_size={self.batch}"),
-                *(f"trainer.precision={PRECISIONS[self.precision]}", "trainer.max_epochs=1000"),
-                *("+trainer.check_val_every_n_epoch=1000", "evaluate.splits=[val]", f"run_dir={run}"),
-                *(f"ledger={self.folder}/ledger", "+callbacks.tick._target_=facemask.bench_peers.ticker", *overrides),
-            ],
-            self.batch,
-            run.with_suffix(".log"),
-        )
+        run = self.folder / next(self._names)
+        command = [sys.executable, str(ROOT / "train.py"), *self.source, "model=deit", "augment=vit", "logger=none"]
+        command += [f"model.size={self.size}", f"model.img_size={self.side}", f"data.batch_size={self.batch}"]
+        command += [f"trainer.precision={PRECISIONS[self.precision]}", "trainer.max_epochs=1000", f"run_dir={run}"]
+        command += ["+trainer.check_val_every_n_epoch=1000", "evaluate.splits=[val]", f"ledger={self.folder}/ledger"]
+        command += ["+callbacks.tick._target_=facemask.bench_peers.ticker", *overrides]
+        return self._start(command, self.batch, run.with_suffix(".log"))
 
     def peer(self, name: str, pictures: tuple[str, list[str]], **changes: Any) -> Loop:
         """A loop of `facemask.bench_peers`; pictures: root, and the training files below it."""
-        self._count += 1
         settings = {
             "model": f"deit_{self.size}_patch16_224",
             "side": self.side,
@@ -167,7 +156,7 @@ class Loops:
             "scratch": str(self.folder),
             **changes,
         }
-        file = self.folder / f"{name}{self._count}.json"
+        file = self.folder / f"{next(self._names)}.json"
         write_json(file, settings)
         command = [sys.executable, "-m", "facemask.bench_peers", name, str(file)]
         return self._start(command, settings["batch"], file.with_suffix(".log"))
@@ -191,74 +180,66 @@ def bench_train(
     Returns: the JSON file.
     """
     precision = precision or default_precision()
-    content: dict[str, Any] = {
-        "command": f"facemask bench train {' '.join(f'--at {case}' for case in cases)} --batch {batch} "
-        f"--precision {precision} --rounds {rounds} --steps {steps}",
-        "source": "a folder" if root else "drawn faces",
-        "precision": precision,
-        "threads": torch.get_num_threads(),
-        "cases": [],
-    }
     source, pictures = _pictures(root)
     if len(pictures[1]) < PEER_BATCH:
         raise UserError(f"the training split has fewer than {PEER_BATCH} pictures: give a larger folder")
+    done = []
     for case in cases:
         size, side = case.split("/")
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            Loops(source, size, int(side), batch, precision, Path(folder)) as loops,
-        ):
+        with Loops(source, size, int(side), batch, precision) as loops:
             sides = {"ours": loops.ours(), **_others(loops, pictures)}
-            seconds: dict[str, list[float]] = {name: [] for name in sides}
-            for _ in range(rounds):
-                for name, loop in sides.items():
-                    seconds[name].append(loop.seconds(steps) / loop.batch)
-        rows = []
-        for name in list(sides)[1:]:
+            seconds = in_turn({name: partial(_per_image, loop, steps) for name, loop in sides.items()}, rounds)
+        rows, shown = [], []
+        for name in (name for name in sides if name in ASKED):
             ours = "ours, distilling" if name == "timm, distilling" else "ours"
-            if name != "ours, distilling":
-                figures = ratio(list(zip(seconds[ours], seconds[name], strict=True)))
-                rates = {"ours_per_s": 1 / figures.pop("seconds"), "other_per_s": 1 / figures.pop("other_seconds")}
-                rows.append({"against": name, "batch": sides[name].batch, **rates, **figures})
-        content["cases"].append({"model": f"deit_{size}", "side": int(side), "batch": batch, "comparisons": rows})
-        _print(content["cases"][-1], precision)
-    return write_result(content, "train", out)
+            figures = rates(list(zip(seconds[ours], seconds[name], strict=True)))
+            rows.append({"against": name, "batch": sides[name].batch, **figures})
+            per_s = f"{figures['ours_per_s']:.1f}", f"{figures['other_per_s']:.1f}"
+            shown.append([name, *per_s, *spread(figures), asked(figures, ASKED[name])])
+        title = f"Training steps of deit_{size} at {side} pixels, batch {batch}, {precision}: images/s"
+        show(title, ["against", "ours", "theirs", "ratio", "spread", "asked"], shown)
+        done.append({"model": f"deit_{size}", "side": int(side), "batch": batch, "comparisons": rows})
+    content = {
+        "source": "a folder" if root else "drawn faces",
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "cases": done,
+    }
+    options: dict[str, Any] = {"batch": batch, "precision": precision, "rounds": rounds, "steps": steps}
+    return write_result(content, "train", out, at=" --at ".join(cases), **options)
 
 
-def default_precision() -> str:
-    """As train.py chooses."""
-    return "bf16" if native_bf16("cuda" if torch.cuda.is_available() else "cpu") else "fp32"
+def _per_image(loop: Loop, steps: int) -> float:
+    return loop.seconds(steps) / loop.batch
+
+
+def default_precision(device: str | None = None) -> str:
+    """As train.py chooses on a device, which it chooses, too."""
+    chosen = auto_precision(device or ("gpu" if torch.cuda.is_available() else "cpu"))
+    return next(name for name, precision in PRECISIONS.items() if precision == chosen)
 
 
 def bench_profile(root: Path | None, size: str, side: int, batch: int, steps: int, distill: str, out: Path) -> Path:
     """Where the time of a training step of `python train.py` goes. Returns the JSON file."""
     precision = default_precision()
     model = "deit" if distill in ("none", "logit") else "deit_distilled"
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Loops(_pictures(root)[0], size, side, batch, precision, Path(folder)) as loops,
-    ):
-        profiler = "+trainer.profiler._target_=facemask.bench_peers.parts"
+    profiler = "+trainer.profiler._target_=facemask.bench_peers.parts"
+    with Loops(_pictures(root)[0], size, side, batch, precision) as loops:
         loop = loops.ours(f"model={model}", f"distill={distill}", profiler)
         loop.seconds(steps)
-        first, last = ([told for told in loop.told if "start" not in told][i] for i in (0, -1))
+        first, *_, last = (told for told in loop.told if "start" not in told)
     count = last["steps"] - first["steps"]
-    content: dict[str, Any] = {
-        "command": f"facemask bench profile --size {size} --side {side} --batch {batch} --steps {steps} "
-        f"--distill {distill}",
-        "precision": precision,
-        "milliseconds": parts_of_a_step(
-            {name: 1000 * (total - first["seconds"].get(name, 0)) / count for name, total in last["seconds"].items()}
-        ),
-    }
-    whole = sum(content["milliseconds"].values())
-    table = Table(title=f"A step of deit_{size} at {side} pixels, batch {batch}, {precision}, distill={distill}")
-    for column in ("part", "ms", "share"):
-        table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
-    for name, took in content["milliseconds"].items():
-        table.add_row(name, f"{took:.2f}", f"{took / whole:.2%}")
-    Console(highlight=False).print(table)
-    return write_result(content, "profile", out)
+    took = parts_of_a_step(
+        {name: 1000 * (total - first["seconds"].get(name, 0)) / count for name, total in last["seconds"].items()}
+    )
+    show(
+        f"A step of deit_{size} at {side} pixels, batch {batch}, {precision}, distill={distill}",
+        ["part", "ms", "share"],
+        ([name, f"{ms:.2f}", f"{ms / sum(took.values()):.2%}"] for name, ms in took.items()),
+    )
+    content = {"precision": precision, "milliseconds": took}
+    options: dict[str, Any] = {"size": size, "side": side, "batch": batch, "steps": steps, "distill": distill}
+    return write_result(content, "profile", out, **options)
 
 
 def parts_of_a_step(actions: dict[str, float]) -> dict[str, float]:
@@ -285,48 +266,42 @@ def parts_of_a_step(actions: dict[str, float]) -> dict[str, float]:
 
 def bench_memory(root: Path | None, size: str, side: int, batch: int, steps: int, out: Path) -> Path:
     """Peak memory of the processes of ours and of the peers, after so many training steps. Returns the JSON file."""
-    precision, source_pictures = default_precision(), _pictures(root)
+    precision, (source, pictures) = default_precision(), _pictures(root)
     peaks: dict[str, float] = {}
-    for name in ("ours", "timm", "huggingface"):
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            Loops(source_pictures[0], size, side, batch, precision, Path(folder)) as loops,
-        ):
-            loop = loops.ours() if name == "ours" else loops.peer(name, source_pictures[1])
+    for name in ("ours", "timm", *(["huggingface"] if _has_peers() else [])):
+        with Loops(source, size, side, batch, precision) as loops:
+            loop = loops.ours() if name == "ours" else loops.peer(name, pictures)
             loop.seconds(steps)
             peaks[name] = loop.peak_memory()
     text = ", ".join(f"{name} {peak:.2f} GiB" for name, peak in peaks.items())
-    Console(highlight=False).print(f"peak of deit_{size} at {side} pixels, batch {batch}, {precision}: {text}")
-    command = f"facemask bench memory --size {size} --side {side} --batch {batch} --steps {steps}"
-    return write_result({"command": command, "precision": precision, "peak_gib": peaks}, "memory", out)
+    console.print(f"peak of deit_{size} at {side} pixels, batch {batch}, {precision}: {text}")
+    content = {"precision": precision, "peak_gib": peaks}
+    return write_result(content, "memory", out, size=size, side=side, batch=batch, steps=steps)
+
+
+# Size, pixels (of whole patches) and ranks.
+GROWTH = [*(("tiny", side, 1) for side in (64, 112, 224)), ("small", 224, 1), ("base", 224, 1), ("tiny", 224, 2)]
 
 
 def bench_growth(root: Path | None, batch: int, steps: int, out: Path) -> Path:
-    """Images/s and memory of `python train.py` from tiny to base, from 56 to 224 pixels, and with 1 and 2 ranks.
+    """Images/s and memory of `python train.py` from tiny to base, from few to many pixels, and with 1 and 2 ranks.
 
     Two ranks share the threads and the global batch. Returns the JSON file.
     """
-    precision, source = default_precision(), _pictures(root)[0]
-    threads = torch.get_num_threads()
-    cases = [("tiny", side, 1) for side in (56, 112, 224)] + [("small", 224, 1), ("base", 224, 1), ("tiny", 224, 2)]
+    precision, source, threads = default_precision(), _pictures(root)[0], torch.get_num_threads()
     rows = []
-    for size, side, ranks in cases:
-        if side % 16:
-            side -= side % 16  # whole patches
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            Loops(source, size, side, batch, precision, Path(folder)) as loops,
-        ):
-            more = [f"threads={max(1, threads // ranks)}"]
-            more += ["trainer=ddp_cpu", f"trainer.devices={ranks}"] if ranks > 1 else []
+    for size, side, ranks in GROWTH:
+        more = [f"threads={max(1, threads // ranks)}"]
+        more += ["trainer=ddp_cpu", f"trainer.devices={ranks}"] if ranks > 1 else []
+        with Loops(source, size, side, batch, precision) as loops:
             loop = loops.ours(*more)
             rate = batch / loop.seconds(steps)
             rows.append(
                 {"size": size, "side": side, "ranks": ranks, "images_per_s": rate, "peak_gib": loop.peak_memory()}
             )
-            Console(highlight=False).print(rows[-1])
-    command = f"facemask bench growth --batch {batch} --steps {steps}"
-    return write_result({"command": command, "precision": precision, "threads": threads, "rows": rows}, "growth", out)
+        console.print(rows[-1])
+    content = {"precision": precision, "threads": threads, "rows": rows}
+    return write_result(content, "growth", out, batch=batch, steps=steps)
 
 
 # Seconds at most (multiples of the imports, for the first step).
@@ -350,27 +325,29 @@ def bench_startup(rounds: int, out: Path) -> Path:
         "train.py --cfg job": (python, train, "--cfg", "job"),
         "a config error": (python, train, "optim.lr=-1"),
     }
-    took = {name: statistics.median(seconds(*command) for _ in range(rounds)) for name, command in commands.items()}
-    imports, first_steps = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds + 1):
-            imports.append(seconds(python, "-c", "import torch, timm, pytorch_lightning"))
-            with Loops(DRAWN, "tiny", 32, 8, default_precision(), Path(folder)) as loops:
-                first_steps.append(loops.ours(f"run_dir={folder}/{len(imports)}").first_step_after)
-    figures = ratio(list(zip(first_steps[1:], imports[1:], strict=True)))  # the first pair warms the caches
+    took = in_turn({name: partial(seconds, *command) for name, command in commands.items()}, rounds)
+    medians = {name: statistics.median(of) for name, of in took.items()}
+
+    def first_step() -> float:
+        with Loops(DRAWN, "tiny", 32, 8, default_precision()) as loops:
+            return loops.ours().first_step_after
+
+    first_step()  # warms the caches
+    imports = partial(seconds, python, "-c", "import torch, timm, pytorch_lightning")
+    figures = ratio(list(zip(*in_turn({"first step": first_step, "imports": imports}, rounds).values(), strict=True)))
     first = {"seconds": figures["seconds"], "imports": figures["other_seconds"], "times_as_long": 1 / figures["ratio"]}
-    for name, asked in START.items():
-        print(f"{name}: {took[name]:.2f} s (asked {asked}{'' if took[name] <= asked else ', missed'})")
+    for name, most in START.items():
+        console.print(f"{name}: {medians[name]:.2f} s (asked {most}{'' if medians[name] <= most else ', missed'})")
     missed = "" if first["times_as_long"] <= FIRST_STEP_AT_MOST else ", missed"
-    print(f"first step after {first['times_as_long']:.2f} times the imports (asked {FIRST_STEP_AT_MOST}{missed})")
-    content = {"command": f"facemask bench startup --rounds {rounds}", "seconds": took, "first_step": first}
-    return write_result(content, "startup", out)
+    console.print(
+        f"first step after {first['times_as_long']:.2f} times the imports (asked {FIRST_STEP_AT_MOST}{missed})"
+    )
+    return write_result({"seconds": medians, "first_step": first}, "startup", out, rounds=rounds)
 
 
 def _others(loops: Loops, pictures: tuple[str, list[str]]) -> dict[str, Loop]:
     others = {
         "bare": loops.peer("bare", pictures),
-        "bare, keeping memory": loops.peer("bare", pictures, keep_memory=True),
         "timm": loops.peer("timm", pictures),
         "timm's defaults": loops.peer("timm", pictures, batch=PEER_BATCH, precision="fp32", workers=4, defaults=True),
         "ours, distilling": loops.ours("model=deit_distilled", "distill=soft"),
@@ -378,14 +355,18 @@ def _others(loops: Loops, pictures: tuple[str, list[str]]) -> dict[str, Loop]:
             "timm", pictures, model=f"deit_{loops.size}_distilled_patch16_224", teacher="tf_efficientnet_lite0"
         ),
     }
-    if importlib.util.find_spec("transformers") and importlib.util.find_spec("accelerate"):
+    if _has_peers():
         others["Hugging Face"] = loops.peer("huggingface", pictures)
-        others["Hugging Face's defaults"] = loops.peer(
-            "huggingface", pictures, batch=8, precision="fp32", defaults=True
-        )
-    else:
-        Console().print("without Hugging Face's Trainer: pip install 'facemask[peers]'")
+        defaults: dict[str, Any] = {"batch": 8, "precision": "fp32", "defaults": True}
+        others["Hugging Face's defaults"] = loops.peer("huggingface", pictures, **defaults)
     return others
+
+
+def _has_peers() -> bool:
+    there = all(importlib.util.find_spec(name) for name in ("transformers", "accelerate"))
+    if not there:
+        console.print("without Hugging Face's Trainer: pip install 'facemask[peers]'", markup=False)
+    return there
 
 
 def _pictures(root: Path | None) -> tuple[list[str], tuple[str, list[str]]]:
@@ -396,17 +377,3 @@ def _pictures(root: Path | None) -> tuple[list[str], tuple[str, list[str]]]:
     files = [str(folder / path) for path in data.table["path"].iloc[data.rows("train")]]
     source = ["data=folder", f"data.root={folder}", "data.on_bad_file=skip"] if root else DRAWN
     return source, (str(folder), files)
-
-
-def _print(case: dict[str, Any], precision: str) -> None:
-    title = f"Training steps of {case['model']} at {case['side']} pixels, batch {case['batch']}, {precision}: images/s"
-    table = Table(title=title)
-    for column in ("against", "ours", "theirs", "ratio", "spread", "asked"):
-        table.add_column(column, justify="left" if column == "against" else "right", no_wrap=True)
-    for row in case["comparisons"]:
-        asked = ASKED[row["against"]]
-        spread = f"{row['lowest']:.2f}-{row['highest']:.2f}"
-        verdict = f"{asked}{'' if row['ratio'] >= asked else ' missed'}"
-        rates = f"{row['ours_per_s']:.1f}", f"{row['other_per_s']:.1f}"
-        table.add_row(row["against"], *rates, f"{row['ratio']:.2f}", spread, verdict)
-    Console(highlight=False).print(table)

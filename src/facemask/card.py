@@ -14,11 +14,10 @@ from facemask.errors import UserError
 from facemask.runs import metrics as run_metrics
 from facemask.runs import record as records
 from facemask.runs.folder import RunFolder
-from facemask.runs.page import markdown
+from facemask.runs.page import markdown, render
 from facemask.runs.predictions import read_predictions
-from facemask.runs.report import ROWS, hugging_face_metrics, number, title
+from facemask.runs.report import ROWS, SHOWN, hugging_face_metrics, number, title
 
-SHOWN = {"accuracy": "accuracy, %", "balanced_accuracy": "balanced, %", "auroc": "AUROC", "nll": "NLL", "ece": "ECE"}
 INDEXED = {"accuracy": "accuracy", "balanced_accuracy": "balanced_accuracy", "macro_f1": "f1", "nll": "loss"}
 LIBRARIES = {"timm": "timm", "hf": "transformers", "onnx": "onnx", "onnx-int8": "onnx"}
 Summary = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
@@ -34,8 +33,6 @@ def card(source: Path, cache_dir: Path = Path(".cache/facemask"), export: dict[s
     Raises:
         UserError: neither a finished run nor a record, or one that was changed.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     of_record = (source / "record.json").exists()
     if not of_record and RunFolder(source).status().get("state") != "finished":
         raise UserError(f"{source} holds neither a finished run nor a record: name another folder")
@@ -55,11 +52,8 @@ def card(source: Path, cache_dir: Path = Path(".cache/facemask"), export: dict[s
         model_name=info["name"],
         eval_results=_eval_results(info, summary, dataset, elsewhere),
     )
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "runs"), undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    text = environment.get_template("card.md.j2").render(
+    text = render(
+        "card.md.j2",
         info=info,
         config=config,
         first=first,
@@ -67,9 +61,9 @@ def card(source: Path, cache_dir: Path = Path(".cache/facemask"), export: dict[s
         dataset=dataset,
         split=split,
         head=title(info["reported_head"], heads),
-        result=_entry(summary[split][info["reported_head"]]["accuracy"]),
+        result=_cell(summary[split][info["reported_head"]], "accuracy"),
         baselines={
-            head: head in heads and _entry(summary[split][head]["accuracy"]) for head in ("majority", "no_pixels")
+            head: head in heads and _cell(summary[split][head], "accuracy") for head in ("majority", "no_pixels")
         },
         counts=_counts(first["audit"]["counts"], info["classes"]),
         results={name: _results(entries, heads, info["reported_head"]) for name, entries in summary.items()},
@@ -78,7 +72,6 @@ def card(source: Path, cache_dir: Path = Path(".cache/facemask"), export: dict[s
         printed={run: _printed(facts["training"]) for run, facts in info["runs"].items()},
         commands=list(dict.fromkeys(facts["command"] for facts in info["runs"].values())),
         export=export,
-        percent=lambda entry: number(entry, percent=True),
         size=int(config["data"]["img_size"]),
         working_size=int(config["data"]["img_size"] / config["data"]["crop_pct"]),
     )
@@ -115,9 +108,14 @@ def _kinds(config: Mapping[str, Any]) -> list[str]:
     return [family, *([] if config["distill"]["_target_"].endswith(".Labels") else ["knowledge-distillation"])]
 
 
-def _entry(mean: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry of `summarise` as `number` prints it; shares end at 0 and 1."""
-    return {"value": mean["mean"], "low": mean["low"], "high": mean["high"]}
+def _cell(entries: Mapping[str, Mapping[str, Any]], metric: str) -> str:
+    """A figure of `summarise` with its interval; a t-interval over few seeds ends where the metric does."""
+    if (found := entries.get(metric)) is None:
+        return number(None)
+    ends = {"low": found["low"], "high": found["high"]}
+    if found["low"] is not None:
+        ends = {"low": max(0.0, found["low"]), "high": found["high"] if metric == "nll" else min(1.0, found["high"])}
+    return number({"value": found["mean"], **ends}, percent=metric.endswith("accuracy"))
 
 
 def _eval_results(
@@ -152,24 +150,22 @@ def _counts(counts: Mapping[str, Mapping[str, int]], classes: list[str]) -> str:
 
 
 def _results(entries: Mapping[str, Mapping[str, Any]], heads: list[str], reported: str) -> str:
-    rows = []
-    for head in [head for head in heads if head in entries]:
-        cells = [entries[head].get(metric) for metric in SHOWN]
-        shown = [
-            number(cell and _entry(cell), percent=name.endswith("accuracy"))
-            for name, cell in zip(SHOWN, cells, strict=True)
-        ]
-        rows.append([title(head, heads) + (" \\*" if head == reported else ""), *shown])
+    rows = [
+        [title(head, heads) + (" \\*" if head == reported else ""), *(_cell(entries[head], metric) for metric in SHOWN)]
+        for head in heads
+        if head in entries
+    ]
     return "\n".join(markdown(["", *SHOWN.values()], rows))
 
 
 def _printed(training: Mapping[str, Any]) -> str:
     """The two blocks that public cards quote."""
-    figures = {name: value for name, value in training.items() if isinstance(value, int | float)}
-    evaluated = {name: value for name, value in figures.items() if name.startswith("eval_")}
-    trained = {name: figures[name] for name in figures if name == "epoch" or name.startswith(("train_", "total_"))}
-    blocks = [hugging_face_metrics("train", trained)]
-    return "\n".join([*blocks, *([hugging_face_metrics("eval", evaluated)] if evaluated else [])])
+    starts = {"train": ("epoch", "train_", "total_"), "eval": ("eval_",)}
+    figures = {
+        split: {k: v for k, v in training.items() if isinstance(v, int | float) and k.startswith(names)}
+        for split, names in starts.items()
+    }
+    return "\n".join(hugging_face_metrics(split, part) for split, part in figures.items() if part)
 
 
 def _elsewhere(run_dir: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -183,16 +179,9 @@ def _elsewhere(run_dir: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]
         numbers = run_metrics.evaluate(frame, classes, resamples=config["evaluate"]["resamples"])
         (split,) = numbers
         copies = facts.get("near_duplicates")
-        found.append(
-            {
-                "name": file.parent.name.split("_20")[0],
-                "numbers": numbers[split],
-                "summary": records.summarise({"": numbers})[split],
-                "copies": f"{copies['pictures']:,}, {'left out' if copies['excluded'] else 'kept'}"
-                if copies
-                else "unknown",
-            }
-        )
+        said = f"{copies['pictures']:,}, {'left out' if copies['excluded'] else 'kept'}" if copies else "unknown"
+        entry = {"name": file.parent.name.split("_20")[0], "numbers": numbers[split], "copies": said}
+        found.append({**entry, "summary": records.summarise({"": numbers})[split]})
     return found
 
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra import compose
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
@@ -56,21 +57,19 @@ REFUSES_TOKEN = {OBJECTIVES + "LogitDistillation"}
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository: train.py and conf/ lie there
 _ABSENT = object()
+Test = Callable[[Any], bool]
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _number(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[Any], bool]:
-    def inside(value: Any) -> bool:
-        if not _is_number(value) or value != value:
+def _number(low: float, high: float = float("inf"), *, open_low: bool = False, open_high: bool = False) -> Test:
+    def inside(value: Any) -> bool:  # of no order with nan
+        if isinstance(value, bool) or not isinstance(value, int | float):
             return False
-        return (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
+        above = value > low if open_low else value >= low
+        return above and (value < high if open_high or high == float("inf") else value <= high)
 
     return inside
 
@@ -79,16 +78,16 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | ListConfig)
 
 
-def _integer(low: int) -> Callable[[Any], bool]:
+def _integer(low: int) -> Test:
     return lambda value: _is_int(value) and value >= low
 
 
-def _one_of(*names: Any) -> Callable[[Any], bool]:
+def _one_of(*names: Any) -> Test:
     return lambda value: value in names
 
 
-_POSITIVE = (_number(0, float("inf"), open_low=True, open_high=True), "a number above 0")
-_NOT_NEGATIVE = (_number(0, float("inf"), open_high=True), "a number of at least 0")
+_POSITIVE = (_number(0, open_low=True), "a number above 0")
+_NOT_NEGATIVE = (_number(0), "a number of at least 0")
 _SHARE = (_number(0, 1), "a number from 0 to 1")
 _SHARE_BELOW_1 = (_number(0, 1, open_high=True), "a number from 0 to below 1")
 _SHARE_ABOVE_0 = (_number(0, 1, open_low=True), "a number above 0 and at most 1")
@@ -108,7 +107,7 @@ MAY_BE_NULL = {
 }
 
 # key -> (test, what the value must be). A key that a user's own group does not have is not checked.
-VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+VALUES: dict[str, tuple[Test, str]] = {
     "seed": _WHOLE,
     "augment.mix_prob": _SHARE,
     "augment.mixup_alpha": _NOT_NEGATIVE,
@@ -125,7 +124,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.folds": (_integer(2), "a whole number of at least 2"),
     "data.label_noise": _SHARE_BELOW_1,
     "data.split_ratios": (
-        lambda value: _is_list(value) and len(value) == 3 and all(map(_is_number, value)),
+        lambda value: _is_list(value) and len(value) == 3 and all(map(_number(0), value)),
         "three shares [train,val,test]",
     ),
     "data.split_seed": _WHOLE,
@@ -216,7 +215,8 @@ def check(cfg: DictConfig) -> None:
     if fold is not None and fold >= folds:
         raise UserError(f"data.fold={fold} must be below data.folds={folds}")
 
-    base = cfg.distill.get("base")  # feature distillation leaves the heads to another objective
+    base = cfg.distill.get("base")  # feature distillation and controls leave the heads to another objective
+    feature = cfg.distill._target_ == OBJECTIVES + "FeatureDistillation"
     objective, name = (base or cfg.distill)._target_, cfg.model.name
     if objective in NEEDS_TOKEN and not has_token(cfg):
         raise UserError(
@@ -247,16 +247,16 @@ def check(cfg: DictConfig) -> None:
             f"augment.small_size={small} must be a multiple of the patch size {step} up to model.img_size="
             f"{cfg.model.img_size}"
         )
-    if cfg.model.get("save_features", False) and (base or not cfg.model.freeze_backbone):
+    if cfg.model.get("save_features", False) and (feature or not cfg.model.freeze_backbone):
         raise UserError(
             "model.save_features=true is for heads on a frozen backbone: add model.freeze_backbone=true, and choose "
             "another objective than distill=feature"
         )
-    if base and cfg.model.get("patch_drop_rate", 0):
+    if feature and cfg.model.get("patch_drop_rate", 0):
         raise UserError("distill=feature teaches every patch token: choose model.patch_drop_rate=0")
     if fold is not None and OmegaConf.select(cfg, "data.split"):
         raise UserError("data.fold and data.split both say which pictures are tested: give one of the two")
-    if base and (cfg.teacher.get("train") != "frozen" and cfg.teacher.get("crossfit", 1) > 1):
+    if feature and (cfg.teacher.get("train") != "frozen" and cfg.teacher.get("crossfit", 1) > 1):
         raise UserError(
             "distill=feature needs one feature space, and teacher.crossfit trains a CNN for every fold: "
             "choose teacher.train=frozen or teacher.crossfit=1"
@@ -387,6 +387,13 @@ def read_config(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is no config of a run: give the folder of a run")
     check_targets(config, file)
     return config
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The config that `python train.py OVERRIDES` has."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", list(overrides))
 
 
 def as_plain(cfg: Any) -> Any:

@@ -182,15 +182,12 @@ def build_page(arms: Sequence[Arm], studies: Sequence["optuna.Study"], spec: dic
         page.figure(plot(partial(curves, arms, quantity, SERIES)), f"{quantity}: mean and range of an arm's runs")
     page.heading("Confusion matrices")
     for arm in arms:
-        counts = arm.confusion(split).tolist()
-        rows: list[list[Cell]] = [[name, *row] for name, row in zip(arm.classes, counts, strict=True)]
-        shade = [[None, *(0.45 * n / max(1, sum(row)) for n in row)] for row in counts]
-        page.table(["label ↓  decided →", *arm.classes], rows, f"{arm.name}: {arm.head}, all runs", shade=shade)
+        page.confusion(arm.confusion(split).tolist(), arm.classes, f"{arm.name}: {arm.head}, all runs")
     for study in studies:
         best, names = ranked(study), study.metric_names or ["value"]
         params = list(dict.fromkeys(key for trial in best for key in trial.params))
         page.heading(f"Sweep {study.study_name}")
-        rows = [[trial.number, *trial.values, *map(trial.params.get, params)] for trial in best[:10]]
+        rows: list[list[Cell]] = [[t.number, *t.values, *map(t.params.get, params)] for t in best[:10]]
         page.table(["trial", *names, *params], rows, f"The best of {len(study.trials)} trials, on validation")
         if importance := importance_of(study, 0):
             draw = partial(bars, importance, colour=SERIES[0], muted=MUTED)

@@ -11,20 +11,18 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from facemask.data.images import BadImage
 from facemask.errors import UserError
 from facemask.explain import describe, overlay
 from facemask.modeling.attention import TOKENS, attention_maps
 from facemask.predict import Model
-from facemask.runs.page import picture
+from facemask.runs.page import picture, render
 from facemask.runs.report import title
 
 MAX_MEGABYTES = 20
@@ -74,22 +72,29 @@ def ask(model: Model, data: bytes | np.ndarray) -> dict[str, Any]:
     }
 
 
-def build_server(model: Model, host: str, port: int) -> "Server":
-    """The server of a model's page, not yet serving. Raises UserError where host or port cannot be had."""
-    about = f"{model.source}: {model.classifier.hparams['model']['name']}, {model.img_size} px; {model.calibration}"
-    return Server(host, port, about, model.max_pixels, lambda data: ask(model, data))
-
-
-def serve(model: Model, host: str, port: int, say: Callable[[str], None]) -> None:
-    """Serve the page until Ctrl-C.
+def build_server(load: Callable[[], Model], host: str, port: int) -> "Server":
+    """The server of a model's page, not yet serving; the model is loaded once host and port are held.
 
     Raises:
-        UserError: host or port cannot be had.
+        UserError: host or port cannot be had, or what `load` raises.
     """
-    with build_server(model, host, port) as server:
+    server = Server(host, port)
+    try:
+        model = load()
         ask(model, np.zeros((SIDE, SIDE, 3), np.uint8))  # the first answer is slower than the others
+    except BaseException:
+        server.server_close()
+        raise
+    about = f"{model.source}: {model.classifier.hparams['model']['name']}, {model.img_size} px; {model.calibration}"
+    server.show(about, model.max_pixels, lambda data: ask(model, data))
+    return server
+
+
+def serve(load: Callable[[], Model], host: str, port: int, say: Callable[[str], None]) -> None:
+    """Serve the page until Ctrl-C. Raises what `build_server` does."""
+    with build_server(load, host, port) as server:
         try:
-            say(f"serving {model.source} at {server.url} (Ctrl-C stops)")
+            say(f"serving at {server.url} (Ctrl-C stops)")
             server.serve_forever()
         except KeyboardInterrupt:
             say("stopped")
@@ -100,12 +105,11 @@ class Server(ThreadingHTTPServer):
 
     request_queue_size = 64
 
-    def __init__(self, host: str, port: int, about: str, max_pixels: int, answer: Answer) -> None:
-        files = FileSystemLoader(Path(__file__).parent)
-        page = Environment(loader=files, autoescape=True, undefined=StrictUndefined).get_template("demo.html.j2")
-        limits = {"megabytes": MAX_MEGABYTES, "megapixels": max_pixels // 1_000_000}
-        self.page = page.render(about=about, **limits).encode()
-        self.answer, self.turn = answer, threading.Lock()
+    page: bytes
+    answer: Answer
+
+    def __init__(self, host: str, port: int) -> None:
+        self.turn = threading.Lock()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), Handler)
@@ -114,6 +118,11 @@ class Server(ThreadingHTTPServer):
                 mend = "stop it, or choose another --port (0 takes a free one)"
                 raise UserError(f"port {port} is taken by another program: {mend}") from error
             raise UserError(f"{host}:{port} cannot be served ({error.strerror}): choose --host, --port") from error
+
+    def show(self, about: str, max_pixels: int, answer: Answer) -> None:
+        """What is on the page, and who answers pictures."""
+        limits = {"megabytes": MAX_MEGABYTES, "megapixels": max_pixels // 1_000_000}
+        self.page, self.answer = render("demo.html.j2", about=about, **limits).encode(), answer
 
     @property
     def url(self) -> str:

@@ -1,6 +1,5 @@
 """Lightning's Trainer on the hardware that is there."""
 
-import ctypes
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -26,19 +25,6 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads or DEFAULT_THREADS)
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a training step frees for the next one (mallopt(3)).
-
-    By itself it hands large blocks back to the system, and every step on the CPU has its memory mapped, zeroed and
-    faulted in anew, page by page. It changes no number. Nothing happens with other C libraries.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(trim_threshold, -1)  # never
-        libc.mallopt(mmap_threshold, 1 << 30)
 
 
 def native_bf16(accelerator: str) -> bool:

@@ -3,10 +3,10 @@
 
 import json
 import re
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
@@ -20,9 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from facemask.audit import baselines
 from facemask.config import ROOT, as_plain, check, check_targets, read_config, user_sentence
@@ -39,8 +37,9 @@ from facemask.runs import metrics as run_metrics
 from facemask.runs.checkpoints import read_checkpoint
 from facemask.runs.folder import RunFolder, file_sha256
 from facemask.runs.ledger import record_opening
+from facemask.runs.page import show
 from facemask.runs.provenance import collect
-from facemask.runs.report import ROWS, terminal_table
+from facemask.runs.report import terminal_table
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 if not console.is_terminal:
@@ -193,6 +192,8 @@ def evaluate(
     target = run_dir / "evaluations" / (name or f"{_source(cfg, own)}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
     if target.exists():
         raise UserError(f"{target} exists already and is not overwritten: choose another --name")
+    if name and Path(name).name != name:
+        raise UserError(f"--name {name} is no plain name of a folder: choose another")
     teacher = find_teacher(run_dir, run, Path(cfg.cache_dir), classes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -204,19 +205,25 @@ def evaluate(
         frame, facts, data = _own(run_dir, run, cfg, predict, command)
     else:
         frame, facts, data = _other(run_dir, run, cfg, classes, names or {}, exclude_duplicates, predict, command)
-    stored = predictions.read_predictions(_stored(run_dir))[0]
+    stored = predictions.read_predictions(run_dir / "predictions.parquet")[0]
     if teacher is None and "teacher" in predictions.heads(stored):
         facts["notes"].append("the run's teacher is no longer in the cache, so its row is missing")
     numbers = run_metrics.evaluate(frame, classes, resamples=cfg.evaluate.resamples)
-    summary = read_json(run_dir / "summary.json")
+    summary, before = (read_json(run_dir / f"{part}.json") for part in ("summary", "metrics"))
     if not own:
-        before = read_json(run_dir / "metrics.json")
         facts["against"] = next(split for split in ("test", "val", *before) if split in before)
-        facts["drop"] = _drop(before[facts["against"]], numbers[OTHER])
+        source = before[facts["against"]]
+        facts["drop"] = {
+            head: {
+                metric: run_metrics.difference(source[head][metric], entry[metric]) for metric in run_metrics.SCALARS
+            }
+            for head, entry in numbers[OTHER].items()
+            if head in source
+        }
     chosen, split = summary["reported_head"], next(s for s in (OTHER, "test", *numbers) if s in numbers)
     temperatures = calibration.temperatures(stored, classes)
     facts = {"command": command, "split": split, **facts}
-    facts["calibration"] = evaluation.calibration_facts(frame, classes, temperatures, cfg.evaluate.resamples)
+    facts["calibration"], curves = evaluation.calibration_facts(frame, classes, temperatures, cfg.evaluate.resamples)
     part = frame[frame["split"] == split]
     if temperatures:
         val = stored[stored["split"] == "val"]
@@ -227,36 +234,22 @@ def evaluate(
     of_pictures = picture_attributes(data, part["id"].tolist(), further)
     worst = calibration.worst_groups(correct, part["group"].to_numpy(), of_pictures)
     told = {**summary, "test_opened": facts.get("test_opened"), "notes": facts["notes"]}
-    page = evaluation.build_page(
-        f"{summary['name']} on {_source(cfg, own)}",
-        frame,
-        classes,
-        numbers,
-        told,
-        facts,
-        worst,
-        temperatures,
-        data.picture,
-    )
-
-    with _new_folder(target) as folder:
+    title = f"{summary['name']} on {_source(cfg, own)}"
+    page, shown = evaluation.build_page(title, frame, classes, numbers, told, facts, curves, worst, data.picture)
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".evaluation.") as made:
+        folder = Path(made) / target.name
+        folder.mkdir()
         write_text(folder / "config.yaml", OmegaConf.to_yaml(run.data if own else cfg.data, resolve=True))
         predictions.write_predictions(folder / "predictions.parquet", frame, classes)
         write_json(folder / "metrics.json", numbers)
         write_json(folder / "evaluation.json", facts)
         worst.to_csv(folder / "groups.csv", index=False)
-        curves = evaluation.risk_coverage_table(frame, classes, temperatures)
         curves.to_csv(folder / "risk_coverage.csv", index=False)
         page.write(folder / "evaluation.html")
-    shown = numbers if own else {f"own {facts['against']}": before[facts["against"]], **numbers}
-    console.print(terminal_table(shown, told))
-    if not own:
-        console.print(_drop_table(facts["drop"], facts["against"]))
-    console.print(_calibration_table(facts["calibration"][split], split))
-    if "cost" in facts:
-        console.print(_threshold_sentence(facts["cost"], split))
-    if len(worst):
-        console.print(_groups_table(worst, split))
+        target.parent.mkdir(exist_ok=True)
+        folder.replace(target)
+    show(shown, Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120), rows=8)
+    console.print(terminal_table(numbers if own else {f"own {facts['against']}": source, **numbers}, told))
     for note in facts["notes"]:
         console.print(f"note      {note}")
     console.print(f"written   {target} (evaluation.html, predictions.parquet, and the figures as JSON and CSV)")
@@ -276,10 +269,12 @@ def _own(
     if "test" in splits:
         facts["test_opened"] = record_opening(Path(cfg.ledger), data.test_fingerprint, run_dir, command)
     frame = predict(data, splits)
-    stored, classes = predictions.read_predictions(_stored(run_dir))
+    stored, classes = predictions.read_predictions(run_dir / "predictions.parquet")
     facts["against_stored"] = compare_predictions(frame, stored, classes)
     for split, found in facts["against_stored"].items():
         console.print(f"{split:<9} {found['sentence']}")
+        if found.get("largest_difference") != 0:
+            facts["notes"].append(f"{split}: {found['sentence']}")
     floor = baselines(data.table, splits, Path(cfg.cache_dir))
     return frame.merge(floor, on=predictions.COLUMNS, how="left"), facts, data
 
@@ -315,23 +310,27 @@ def _other(
 
     try:
         source = run_data(run_dir, run, cfg)
-        train = source.load_table().drop(columns="split", errors="ignore").merge(_trained_on(run_dir), on="path")
-        pairs = near_duplicates(data, source, train)
+        split = pd.read_csv(run_dir / "split.csv", dtype=str, keep_default_na=False)
+        split = split.loc[split["split"] == "train", ["path", "split"]]
+        train = source.load_table().drop(columns="split", errors="ignore").merge(split, on="path")
+        paths, known = data.table["path"].to_numpy(), train["path"].to_numpy()
+        pairs = duplicates.find_pairs(data.thumbnails(paths.tolist()), source.thumbnails(known.tolist()))
     except UserError as error:
         if exclude_duplicates:
             raise UserError(f"--exclude-duplicates needs the run's training pictures: {error}") from error
         facts["notes"].append(f"near-duplicates of training pictures are unknown, and there is no baseline: {error}")
         return opened(), facts, data
-    seen = set(pairs["path"])
+    seen = set(paths[pairs[:, 0]])
     facts["near_duplicates"] = {
         "pictures": len(seen),
         "of": len(data.table),
         "excluded": exclude_duplicates,
-        "pairs": pairs.to_dict("records"),
+        "pairs": [{"path": paths[i], "train_path": known[j]} for i, j in pairs],
     }
     action = "left out" if exclude_duplicates else "kept; --exclude-duplicates leaves them out"
     share = len(seen) / len(data.table)
-    console.print(f"          {len(seen):,} ({share:.1%}) are near-duplicates of the run's training pictures: {action}")
+    facts["notes"].append(f"{len(seen):,} ({share:.1%}) are near-duplicates of the run's training pictures: {action}")
+    console.print(f"          {facts['notes'][-1]}")
     if exclude_duplicates and len(seen) == len(data.table):
         raise UserError("--exclude-duplicates leaves no picture: all of these are near-duplicates of training pictures")
     frame = opened()
@@ -415,23 +414,10 @@ def open_split(run_dir: Path, run: DictConfig, split: str, cache_dir: Path) -> I
     return data
 
 
-def _trained_on(run_dir: Path) -> pd.DataFrame:
-    rows = pd.read_csv(run_dir / "split.csv", dtype=str, keep_default_na=False)
-    return rows.loc[rows["split"] == "train", ["path", "split"]]
-
-
-def near_duplicates(data: ImageData, source: ImageData, train: pd.DataFrame) -> pd.DataFrame:
-    """Pairs (`path`, `train_path`) of prepared pictures and near-duplicate training pictures of another source."""
-    paths, seen = data.table["path"].to_numpy(), train["path"].to_numpy()
-    pairs = duplicates.find_pairs(data.thumbnails(paths.tolist()), source.thumbnails(seen.tolist()))
-    return pd.DataFrame({"path": paths[pairs[:, 0]], "train_path": seen[pairs[:, 1]]})
-
-
 def compare_predictions(frame: pd.DataFrame, stored: pd.DataFrame, classes: list[str]) -> dict[str, dict[str, Any]]:
     """Per split: pictures compared, largest difference of a logit, decisions that changed, and a sentence of it."""
     result: dict[str, dict[str, Any]] = {}
-    stored_heads = predictions.heads(stored)
-    heads = [head for head in predictions.heads(frame) if head in stored_heads]
+    heads = [head for head in predictions.heads(frame) if head in predictions.heads(stored)]
     for split, now in frame.groupby("split", sort=False):
         before = stored[stored["split"] == split].set_index("id")
         if set(before.index) != set(now["id"]):
@@ -441,100 +427,12 @@ def compare_predictions(frame: pd.DataFrame, stored: pd.DataFrame, classes: list
         pairs = [(predictions.logits(now, head, classes), predictions.logits(before, head, classes)) for head in heads]
         largest = max(float(np.abs(a - b).max()) for a, b in pairs)
         changed = max(int((a.argmax(axis=1) != b.argmax(axis=1)).sum()) for a, b in pairs)
-        how = (
-            "equal to the stored ones, bit for bit"
-            if largest == 0
-            else f"differ from the stored ones by at most {largest:.2g} in a logit, and {changed} decision(s) changed"
-        )
+        how = f"differ from the stored ones by at most {largest:.2g} in a logit, and {changed} decision(s) changed"
+        how = how if largest else "equal to the stored ones, bit for bit"
+        facts = {"pictures": len(now), "largest_difference": largest, "changed_decisions": changed}
         sentence = f"predictions of {len(now):,} pictures ({', '.join(heads)}) {how}"
-        result[str(split)] = {
-            "pictures": len(now),
-            "largest_difference": largest,
-            "changed_decisions": changed,
-            "sentence": sentence,
-        }
+        result[str(split)] = {**facts, "sentence": sentence}
     return result
-
-
-def _drop(own: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Own figure minus the other's, of every head and scalar metric that both have."""
-    return {
-        head: {metric: run_metrics.difference(own[head][metric], other[head][metric]) for metric in run_metrics.SCALARS}
-        for head in own
-        if head in other
-    }
-
-
-def _drop_table(drop: dict[str, dict[str, Any]], split: str) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        caption=f"drop from the run's own {split} pictures to these, in points, 95 % intervals",
-        caption_justify="left",
-        pad_edge=False,
-    )
-    table.add_column("")
-    for title in ("drop of accuracy", "drop of balanced accuracy"):
-        table.add_column(title, justify="right", no_wrap=True)
-    titles = ROWS if "head_dist" in drop else {**ROWS, "head": "student"}
-    for head in [*(head for head in titles if head in drop), *(head for head in drop if head not in titles)]:
-        cells = [drop[head]["accuracy"], drop[head]["balanced_accuracy"]]
-        table.add_row(titles.get(head, head), *map(_points, cells))
-    return table
-
-
-def _points(entry: dict[str, Any]) -> str:
-    if entry["value"] is None:
-        return "–"
-    text = f"{100 * entry['value']:+.1f}"
-    return text if entry["low"] is None else f"{text} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A scratch folder that becomes the target when all is written, and is gone otherwise."""
-    target.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as made:
-        scratch = Path(made) / target.name
-        scratch.mkdir()
-        yield scratch
-        scratch.replace(target)
-
-
-def _calibration_table(facts: dict[str, Any], split: str) -> Table:
-    columns, rows = evaluation.calibration_rows(facts)
-    caption = (
-        f"calibration on {split}; temperature of the stored validation predictions; AURC: mean risk over coverages"
-    )
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
-    for i, title in enumerate(columns):
-        table.add_column(title, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(row[0], *(re.sub(r" \[.*", "", cell) for cell in row[1:]))
-    return table
-
-
-def _threshold_sentence(facts: dict[str, Any], split: str) -> str:
-    at, half = facts["chosen"]["evaluated"], facts["one half"]["evaluated"]
-    return (
-        f"threshold {facts['positive']} from p >= {at['threshold']:.3f} on, chosen on validation "
-        f"(a miss costs {facts['miss']:g}, a false alarm {facts['false_alarm']:g})\n"
-        f"          {split}: {at['misses']} of {at['of_positives']} missed, {at['false_alarms']} of "
-        f"{at['of_negatives']} false alarms, {at['cost_per_picture']:.4f} a picture "
-        f"(from 0.5 on: {half['cost_per_picture']:.4f})"
-    )
-
-
-def _groups_table(worst: pd.DataFrame, split: str, most: int = 6) -> Table:
-    caption = (
-        f"worst groups of {split}, accuracy in %; *: below the rest beyond what the worst of {len(worst)} would be"
-    )
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
-    for i, title in enumerate(("attribute", "value", "pictures", "accuracy")):
-        table.add_column(title, justify="right" if i > 1 else "left")
-    for row in worst.head(most).to_dict("records"):
-        accuracy = evaluation.group_accuracy(row) + (" *" if row["below"] else "")
-        table.add_row(row["attribute"], row["value"], f"{row['n']:,}", accuracy)
-    return table
 
 
 def read_attributes(file: Path) -> pd.DataFrame:
@@ -581,10 +479,6 @@ def _source(cfg: DictConfig, own: bool) -> str:
         return "own"
     place = cfg.data.get("root") or cfg.data.get("name") or "drawn"
     return re.sub(r"[^\w.-]+", "_", Path(place).stem or "pictures")
-
-
-def _stored(run_dir: Path) -> Path:
-    return run_dir / "predictions.parquet"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ whether the maps are right: `facemask explain`."""
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,9 +21,8 @@ from facemask.evaluate import open_split, predict_splits
 from facemask.files import write_bytes
 from facemask.modeling.attention import TOKENS, attention_maps
 from facemask.predict import Model, load_model
-from facemask.runs import metrics, predictions
 from facemask.runs.page import Cell, Page
-from facemask.runs.report import title
+from facemask.runs.report import title, wrong
 from facemask.runs.statistics import Estimate, mean_difference
 from facemask.stress import GREY, choose, make_out
 
@@ -199,7 +199,7 @@ def explain(
             views[path] = model.view(path)
         except BadImage as error:
             problems[path] = str(error)
-    files = _files(views, out)
+    files = _files(list(views), out)
     page = Page(f"What {run_dir.name} looks at", f"decisions by the {title(model.head, model.heads)}")
     data = None
     try:
@@ -251,7 +251,7 @@ class Neighbours:
         ]
 
 
-def _files(paths: Sequence[str] | dict[str, np.ndarray], out: Path) -> dict[str, Path]:
+def _files(paths: Sequence[str], out: Path) -> dict[str, Path]:
     """Where each picture's PNG goes; pictures of one name are numbered."""
     names = [Path(path).stem for path in paths]
     files = {
@@ -320,15 +320,14 @@ def _check(page: Page, model: Model, data: ImageData, rows: np.ndarray, out: Pat
 
 def _errors(page: Page, model: Model, data: ImageData, split: str, count: int, neighbours: Neighbours) -> None:
     frame, _ = predict_splits(model.classifier, None, data, [split], BATCH, model.device)
-    logits = predictions.logits(frame, model.head, model.classes)
-    labels = frame["label"].map(model.classes.index).to_numpy()
-    wrong = frame.assign(loss=metrics.losses(logits, labels))[logits.argmax(axis=1) != labels]
+    errors = wrong(frame, model.head, model.classes)
     page.heading("Worst errors")
     page.text(
-        f"{len(wrong):,} of {len(frame):,} {split} pictures are decided wrongly; the worst {min(count, len(wrong))} by "
-        "their loss, and the training pictures that the student finds most like them."
+        f"{len(errors):,} of {len(frame):,} {split} pictures are decided wrongly; the worst {min(count, len(errors))} "
+        "by their loss, and the training pictures that the student finds most like them."
     )
-    for row in wrong.sort_values(["loss", "id"], ascending=[False, True]).head(count).itertuples():
+    rows: Any = errors.head(count).itertuples()
+    for row in rows:
         view = data.picture(row.id)
         page.heading(row.id, 3)
         page.pictures(_shown(model, view, row.label) + neighbours(view))

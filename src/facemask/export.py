@@ -11,24 +11,23 @@ import io
 import json
 import logging
 import os
+import re
 import runpy
 import shutil
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import timm
 import torch
 from PIL import Image
 from rich.progress import track
-from rich.table import Table
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import split_model_name_tag
@@ -45,6 +44,7 @@ from facemask.evaluate import build_data as evaluation_data
 from facemask.files import write_json, write_text
 from facemask.modeling.classifier import Classifier
 from facemask.runs.folder import RunFolder
+from facemask.runs.page import Cell, text_table
 
 NEEDS = {
     "timm": [],
@@ -54,9 +54,9 @@ NEEDS = {
 }
 MOST_DIFFERENCE = 1e-4  # of a logit, from the same tensor in fp32; then no decision may differ either
 MOST_FLIPS = 0.005  # share of decisions: from files through the library's own preprocessing, and of int8
-CALIBRATION = 256  # training pictures
 ROUNDS = 30
 OPSET = 18
+FP32 = "fp32.onnx"
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class Source:
         """Mean and standard deviation of pixels / 255, by channel."""
         mean, std = (getattr(self.classifier.backbone, name).flatten() / 255 for name in ("mean", "std"))
         return [round(x, 7) for x in mean.tolist()], [round(x, 7) for x in std.tolist()]
+
+    @property
+    def short_side(self) -> int:
+        """Pixels to which a picture is resized before its centre is taken."""
+        return int(self.img_size / self.crop_pct)
 
     @property
     def head(self) -> str:
@@ -182,19 +187,17 @@ def load_timm(folder: Path) -> Loaded:
 
 # -- transformers -----------------------------------------------------------------------------------------------
 
-_OUTER = {
-    "cls_token": "{}.embeddings.cls_token",
-    "dist_token": "{}.embeddings.distillation_token",
-    "pos_embed": "{}.embeddings.position_embeddings",
-    "patch_embed.proj": "{}.embeddings.patch_embeddings.projection",
-    "norm": "{}.layernorm",
-}
-_BLOCK = {
+_NAMES = {
+    "cls_token": "embeddings.cls_token",
+    "dist_token": "embeddings.distillation_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm1": "layernorm_before",
     "attn.proj": "attention.output.dense",
     "norm2": "layernorm_after",
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
+    "norm": "layernorm",
 }
 _HEADS = {"vit": {"head": "classifier"}, "deit": {"head": "cls_classifier", "head_dist": "distillation_classifier"}}
 
@@ -205,23 +208,16 @@ def hugging_face_weights(network: Any, kind: str) -> dict[str, Tensor]:
     Raises:
         KeyError: a tensor that the classes of transformers have no place for.
     """
-    outer = {name: new.format(kind) for name, new in _OUTER.items()} | _HEADS[kind]
     named: dict[str, Tensor] = {}
     for key, value in network.state_dict().items():
-        if key in outer:  # a token or the positions
-            named[outer[key]] = value
-            continue
-        name, _, part = key.rpartition(".")
-        if not name.startswith("blocks."):
-            named[f"{outer[name]}.{part}"] = value
-            continue
-        _, number, inner = name.split(".", 2)
-        layer = f"{kind}.encoder.layer.{number}"
-        if inner == "attn.qkv":
+        found: Any = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", key)
+        block, name, part = found[1], found[2], found[3] or ""
+        place = kind + (f".encoder.layer.{block}." if block else ".")
+        if name == "attn.qkv":
             for third, rows in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                named[f"{layer}.attention.attention.{third}.{part}"] = rows
+                named[f"{place}attention.attention.{third}{part}"] = rows
         else:
-            named[f"{layer}.{_BLOCK[inner]}.{part}"] = value
+            named[(_HEADS[kind].get(name) or place + _NAMES[name]) + part] = value
     return named
 
 
@@ -269,27 +265,14 @@ def write_hugging_face(folder: Path, source: Source) -> None:
     config.save_pretrained(folder)
     # transformers' other image processors crop one pixel elsewhere in every fourth picture: config.json names timm's,
     # and this file is for ViTImageProcessor.from_pretrained(folder), which needs no timm.
-    write_json(folder / "preprocessor_config.json", preprocessor(source))
-    _save(folder, weights)
-
-
-def preprocessor(source: Source) -> dict[str, Any]:
-    """The evaluation view as ViTImageProcessor describes it."""
     mean, std = source.statistics
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": int(source.img_size / source.crop_pct)},
-        "resample": int(Image.Resampling.BICUBIC),
-        "do_center_crop": True,
-        "crop_size": {"height": source.img_size, "width": source.img_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
-    }
+    processor: dict[str, Any] = {"image_processor_type": "ViTImageProcessor", "image_mean": mean, "image_std": std}
+    processor |= {"do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": source.short_side}}
+    processor |= {"resample": int(Image.Resampling.BICUBIC), "do_rescale": True, "rescale_factor": 1 / 255}
+    processor |= {"do_normalize": True}
+    crop = {"height": source.img_size, "width": source.img_size}
+    write_json(folder / "preprocessor_config.json", {**processor, "do_center_crop": True, "crop_size": crop})
+    _save(folder, weights)
 
 
 def load_hugging_face(folder: Path) -> Loaded:
@@ -338,14 +321,29 @@ def write_onnx(folder: Path, source: Source) -> None:
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, file)
     mean, std = source.statistics
-    short = int(source.img_size / source.crop_pct)
-    view = {"resize_short_side": short, "resampling": "bicubic", "crop": source.img_size, "mean": mean, "std": std}
-    write_json(folder / "preprocessing.json", {"classes": source.classes, **view})
+    view = {"resize_short_side": source.short_side, "resampling": "bicubic", "crop": source.img_size}
+    write_json(folder / "preprocessing.json", {"classes": source.classes, **view, "mean": mean, "std": std})
     shutil.copyfile(onnx_input.__file__, folder / "preprocess.py")
 
 
+def write_int8(folder: Path, source: Source) -> None:
+    """As `write_onnx`, with the weights of matrices in int8 by channel; beside it, as FP32, the model in fp32."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    write_onnx(folder, source)
+    whole = (folder / "model.onnx").rename(folder / FP32)
+    quantize_dynamic(
+        whole, folder / "model.onnx", op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
+        weight_type=QuantType.QInt8,
+    )  # fmt: skip
+
+
 def load_onnx(folder: Path, file: str = "model.onnx") -> Loaded:
-    session = _session(folder / file)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(folder / file, options, providers=["CPUExecutionProvider"])
     prepare = runpy.run_path(str(folder / "preprocess.py"))["prepare"]
     classes = json.loads((folder / "preprocessing.json").read_text(encoding="utf-8"))["classes"]
 
@@ -358,140 +356,49 @@ def load_onnx(folder: Path, file: str = "model.onnx") -> Loaded:
     return Loaded(logits, decide, "preprocess.py of the folder", file)
 
 
-def _session(file: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+# -- the comparison ---------------------------------------------------------------------------------------------
 
 
-def write_int8(folder: Path, whole: Path, calibration: Tensor) -> list[dict[str, Any]]:
-    """model.onnx in int8: of dynamic and static quantisation the one whose logits are nearer on training pictures.
-
-    Args:
-        whole: folder of the model in fp32; what is tried is left there.
-        calibration: normalised float (N, 3, H, W) of training pictures.
-
-    Returns: what was tried, and the model in fp32.
-    """
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Batches(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = iter(calibration.split(32))
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"pixel_values": batch.numpy()}
-
-    weights: Any = {"per_channel": True, "weight_type": QuantType.QInt8}
-    matrices = ["MatMul", "Gemm"]
-    quant_pre_process(whole / "model.onnx", whole / "prepared.onnx", skip_symbolic_shape=True)
-    quantize_dynamic(whole / "model.onnx", whole / "dynamic.onnx", op_types_to_quantize=matrices, **weights)
-    quantize_static(
-        whole / "prepared.onnx",
-        whole / "static.onnx",
-        Batches(),
-        op_types_to_quantize=[*matrices, "Conv"],
-        activation_type=QuantType.QUInt8,
-        extra_options={"MatMulConstBOnly": True},
-        **weights,
-    )
-    expected = _in_batches(load_onnx(whole).logits, calibration)
-    tried: list[dict[str, Any]] = []
-    for way, file in (("dynamic", "dynamic.onnx"), ("static", "static.onnx"), ("no", "model.onnx")):
-        found = _in_batches(load_onnx(whole, file).logits, calibration)
-        distance, size = float(np.abs(found - expected).mean()), (whole / file).stat().st_size
-        tried.append({"quantisation": way, "mean_difference_on_train": distance, "bytes": size})
-    best = min(tried[:2], key=lambda one: one["mean_difference_on_train"])
-    for name in ("preprocessing.json", "preprocess.py"):
-        shutil.copyfile(whole / name, folder / name)
-    shutil.copyfile(whole / f"{best['quantisation']}.onnx", folder / "model.onnx")
-    return [{**one, "chosen": one is best} for one in tried]
-
-
-def _in_batches(logits: Callable[[Tensor], np.ndarray], images: Tensor) -> np.ndarray:
-    return np.concatenate([logits(batch) for batch in images.split(32)])
-
-
-# -- the pictures, and the comparison ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The pictures that an export is compared on, and those that int8 is calibrated on."""
-
-    data: ImageData
-    splits: list[str]
-    train: set[str]  # sha256 of the run's training pictures
-
-    def batches(self, size: int) -> Iterator[tuple[list[str], Tensor]]:
-        """Paths and uint8 (B, 3, H, W) of every picture."""
-        for split in self.splits:
-            paths = iter(self.data.table.iloc[self.data.rows(split)]["path"])
-            for batch in self.data.eval_loader(split, size):
-                yield [next(paths) for _ in batch["pixels"]], batch["pixels"]
-
-    def calibration(self) -> Tensor:
-        """uint8 (N, 3, H, W) of training pictures, evenly over the table's order, which is by class.
-
-        Raises:
-            UserError: none of the run's training pictures is among the data.
-        """
-        table = self.data.table
-        known = table["path"][table["sha256"].isin(self.train) & (self.data.cache_rows >= 0)].tolist()
-        if not known:
-            raise UserError(
-                "int8 is calibrated on the run's training pictures, and none of them is in this data: name data that "
-                "holds them with data=..., or use --to onnx"
-            )
-        chosen = np.linspace(0, len(known) - 1, min(CALIBRATION, len(known)), dtype=int)
-        views = np.stack([self.data.picture(known[i]) for i in chosen])
-        return torch.from_numpy(views).permute(0, 3, 1, 2).contiguous()
-
-
-def _pictures(run_dir: Path, run: Any, classes: list[str], overrides: list[str]) -> Pictures:
+def pictures(run_dir: Path, run: Any, classes: list[str], overrides: list[str]) -> tuple[ImageData, list[str]]:
+    """The pictures that an export is compared on, and their splits."""
     cfg, own = compose_evaluation(run, overrides)
-    known = pd.read_csv(run_dir / "split.csv", dtype=str, keep_default_na=False)
-    train = set(known["sha256"][known["split"] == "train"])
     if own:
-        splits = list(cfg.evaluate.splits)
-        data = own_pictures(run_dir, run, cfg, splits)
-    else:
-        data, splits = evaluation_data(cfg.data), [OTHER]
-        data.prepare_whole(OTHER, classes, {})
-    return Pictures(data, splits, train)
+        return own_pictures(run_dir, run, cfg, cfg.evaluate.splits), list(cfg.evaluate.splits)
+    data = evaluation_data(cfg.data)
+    data.prepare_whole(OTHER, classes, {})
+    return data, [OTHER]
 
 
 @torch.inference_mode()
-def verify(source: Source, loaded: Loaded, pictures: Pictures, whole_precision: bool) -> dict[str, Any]:
+def verify(
+    source: Source, loaded: Loaded, data: ImageData, splits: Sequence[str], whole_precision: bool
+) -> dict[str, Any]:
     """How far an export is from the run on every picture, and whether that is near enough."""
     reported = Reported(source.classifier)
     largest, tensor_flips, file_flips, count = 0.0, 0, [], 0
-    total = sum(len(pictures.data.rows(split)) for split in pictures.splits)
-    progress = track(pictures.batches(32), "comparing", total=-(-total // 32), console=console, transient=True)
-    for paths, pixels in progress:
-        images = normalised(source, pixels)
-        own, theirs = reported(images).numpy(), loaded.logits(images)
-        largest = max(largest, float(np.abs(own - theirs).max()))
-        decided = own.argmax(axis=1)
-        tensor_flips += int((decided != theirs.argmax(axis=1)).sum())
-        count += len(paths)
-        for path, row in zip(paths, decided, strict=True):
-            if loaded.decide(Image.open(io.BytesIO(pictures.data.read(path)))) != source.classes[row]:
-                file_flips.append(path)
-    allowed = 0 if whole_precision else int(MOST_FLIPS * count)
+    for split in splits:
+        paths, loader = iter(data.table.iloc[data.rows(split)]["path"]), data.eval_loader(split, 32)
+        for batch in track(loader, f"comparing {split}", total=len(loader), console=console, transient=True):
+            images = normalised(source, batch["pixels"])
+            own, theirs = reported(images).numpy(), loaded.logits(images)
+            decided = own.argmax(axis=1)
+            largest = max(largest, float(np.abs(own - theirs).max()))
+            tensor_flips += int((decided != theirs.argmax(axis=1)).sum())
+            count += len(images)
+            for row in decided:
+                path = next(paths)
+                if loaded.decide(Image.open(io.BytesIO(data.read(path)))) != source.classes[row]:
+                    file_flips.append(path)
+    most = int(MOST_FLIPS * count)
     checks: dict[str, list[float]] = {
         **({"largest_logit_difference": [largest, MOST_DIFFERENCE]} if whole_precision else {}),
-        "flips_from_the_same_tensor": [tensor_flips, allowed],
-        "flips_from_files": [len(file_flips), int(MOST_FLIPS * count)],
+        "flips_from_the_same_tensor": [tensor_flips, 0 if whole_precision else most],
+        "flips_from_files": [len(file_flips), most],
     }
     return {
         "passed": all(found <= limit for found, limit in checks.values()),
         "pictures": count,
-        "splits": pictures.splits,
+        "splits": list(splits),
         "largest_logit_difference": largest,
         "checks": {name: {"found": found, "allowed": limit} for name, (found, limit) in checks.items()},
         "preprocessing": loaded.preprocessing,
@@ -541,62 +448,48 @@ def export(run_dir: Path, to: str, out: Path, overrides: list[str]) -> bool:
     source = Source(classifier, classes, run.data.img_size, run.data.crop_pct)
     _quiet()
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    writers = {"timm": write_timm, "hf": write_hugging_face, "onnx": write_onnx, "onnx-int8": write_int8}
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as made:
-        scratch, whole = Path(made) / out.name, Path(made) / "fp32"
+        scratch = Path(made) / out.name
         scratch.mkdir()
-        whole.mkdir()
-        if to == "timm":
-            write_timm(scratch, source)
-        elif to == "hf":
-            write_hugging_face(scratch, source)
-        else:
-            write_onnx(whole if to == "onnx-int8" else scratch, source)
-        pictures = _pictures(run_dir, run, classes, overrides)
-        facts: dict[str, Any] = {"to": to, "head": source.head}
-        if to == "onnx-int8":
-            facts["tried"] = write_int8(scratch, whole, normalised(source, pictures.calibration()))
-        load = {"timm": load_timm, "hf": load_hugging_face}.get(to, load_onnx)
-        loaded = load(scratch)
-        facts |= verify(source, loaded, pictures, whole_precision=to != "onnx-int8")
+        writers[to](scratch, source)
+        data, splits = pictures(run_dir, run, classes, overrides)
+        loaded = {"timm": load_timm, "hf": load_hugging_face}.get(to, load_onnx)(scratch)
+        facts = {"to": to, "head": source.head, **verify(source, loaded, data, splits, to != "onnx-int8")}
         in_turn: dict[str, Callable[[Tensor], Any]] = {
             "this project": Reported(classifier),
             "the export": loaded.logits,
         }
+        sizes = {"the export": loaded.file}
         if to == "onnx-int8":
-            in_turn["ONNX in fp32"] = load_onnx(whole).logits
+            in_turn["ONNX in fp32"], sizes["ONNX in fp32"] = load_onnx(scratch, FP32).logits, FP32
         facts["milliseconds_per_picture"] = latency(source, in_turn)
+        facts["megabytes"] = {name: round((scratch / file).stat().st_size / 1e6, 1) for name, file in sizes.items()}
         facts["threads"] = torch.get_num_threads()
-        facts["bytes"] = (scratch / loaded.file).stat().st_size
         facts["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "timm", *NEEDS[to])}
-        console.print(_table(facts))
+        _print(facts)
         if not facts["passed"]:
             console.print(f"refused   the export differs too much from {run_dir}: nothing was kept")
             return False
         write_json(scratch / "verification.json", facts)
-        write_text(scratch / "README.md", card.card(run_dir, pictures.data.cache_dir, facts))
+        write_text(scratch / "README.md", card.card(run_dir, data.cache_dir, facts))
         shutil.copyfile(ROOT / "LICENSE", scratch / "LICENSE")
+        (scratch / FP32).unlink(missing_ok=True)
         scratch.replace(out)
     console.print(f"written   {out}: {source.head}")
     return True
 
 
-def _table(facts: dict[str, Any]) -> Table:
-    table = Table(
-        box=None, title=f"{facts['to']}: {facts['pictures']:,} pictures of {', '.join(facts['splits'])}",
-        title_justify="left", pad_edge=False,
-    )  # fmt: skip
-    for name in ("", "found", "allowed"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, check in facts["checks"].items():
-        of = f" through {facts['preprocessing']}" if name.endswith("files") else ""
-        table.add_row(name.replace("_", " ") + of, f"{check['found']:.3g}", f"{check['allowed']:.3g}")
-    for name, took in facts["milliseconds_per_picture"].items():
-        table.add_row(f"milliseconds per picture: {name}", f"{took:.1f}", "")
-    table.add_row("MB", f"{facts['bytes'] / 1e6:.1f}", "")
-    for tried in facts.get("tried", []):
-        mean, size = tried["mean_difference_on_train"], tried["bytes"] / 1e6
-        table.add_row(f"{tried['quantisation']} quantisation", f"{size:.1f} MB", f"{mean:.2g} mean logit difference")
-    return table
+def _print(facts: dict[str, Any]) -> None:
+    through = {"flips_from_files": f" through {facts['preprocessing']}"}
+    rows: list[list[Cell]] = [
+        [name.replace("_", " ") + through.get(name, ""), f"{check['found']:.3g}", f"{check['allowed']:.3g}"]
+        for name, check in facts["checks"].items()
+    ]
+    for what in ("milliseconds_per_picture", "megabytes"):
+        rows += [[f"{what.replace('_', ' ')}: {name}", f"{value:.1f}", ""] for name, value in facts[what].items()]
+    caption = f"{facts['to']}, {facts['pictures']:,} pictures of {', '.join(facts['splits'])}"
+    console.print(text_table(["", "found", "allowed"], rows, caption))
 
 
 def _save(folder: Path, tensors: dict[str, Tensor]) -> None:

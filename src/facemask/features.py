@@ -2,8 +2,6 @@
 
 import io
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from torch import Tensor
 
 from facemask.data.manifest import load_manifest
@@ -63,15 +61,13 @@ def features(
     table = _table(root, cache_dir, model.max_pixels)
     parts: list[dict[str, np.ndarray]] = []
     problems: dict[str, str] = {}
-    files: Iterator[Path] = (root / path for path in table["path"])
-    batches = model.views(files, batch_size)
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    with bar:
-        for batch, found, views in bar.track(batches, -(-len(table) // batch_size), description="embedding"):
-            paths = [file.relative_to(root).as_posix() for file in batch]
-            problems |= {path: problem for path, problem in zip(paths, found, strict=True) if problem}
-            if len(views):
-                parts.append(embed(model, views))
+    batches = model.views((root / path for path in table["path"]), batch_size)
+    count, terminal = -(-len(table) // batch_size), Console(stderr=True)
+    for batch, found, views in track(batches, "embedding", total=count, console=terminal, transient=True):
+        paths = [file.relative_to(root).as_posix() for file in batch]
+        problems |= {path: problem for path, problem in zip(paths, found, strict=True) if problem}
+        if len(views):
+            parts.append(embed(model, views))
     table = table[~table["path"].isin(list(problems))].reset_index(drop=True)
     if table.empty:
         raise UserError(f"none of the {len(problems)} pictures in {root} can be decoded")
@@ -110,7 +106,9 @@ def scores(table: pd.DataFrame, vectors: dict[str, np.ndarray], model: Model) ->
 
     Returns: embedding, method, and what `accuracy_interval` says; None with one class, or one of a single group.
     """
+    from sklearn.dummy import DummyClassifier
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import PredefinedSplit, cross_val_predict
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -119,28 +117,21 @@ def scores(table: pd.DataFrame, vectors: dict[str, np.ndarray], model: Model) ->
     if len(of_classes) < 2 or of_classes.min() < 2:
         return None
     folds = assign_folds(table, min(FOLDS, int(of_classes.min())), seed=0).to_numpy()
-    labels, groups = table["label"].to_numpy(), table["group"].to_numpy()
+    labels, groups = table["label"].to_numpy(dtype=object), table["group"].to_numpy()
     tested = ~seen(table, model)
     tested = tested if tested.any() else ~tested
+    nearest = min(NEIGHBOURS, len(labels) - int(np.bincount(folds).max()))
+    classifiers: dict[str, Any] = {
+        "linear probe": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+        f"{NEIGHBOURS} nearest neighbours": KNeighborsClassifier(nearest, metric="cosine"),
+    }
+    asked = [(name, method) for name in vectors for method in classifiers]
     rows: list[dict[str, Any]] = []
-
-    def score(embedding: str, method: str, decided: np.ndarray) -> None:
+    for name, method in [("–", "majority class"), *asked]:
+        classifier, values = classifiers.get(method, DummyClassifier()), vectors.get(name, np.zeros((len(labels), 1)))
+        decided = cross_val_predict(classifier, values, labels, cv=PredefinedSplit(folds))
         found = accuracy_interval((decided == labels)[tested], groups[tested])
-        rows.append({"embedding": embedding, "method": method, **found})
-
-    majority = np.array([pd.Series(labels[folds != fold]).mode()[0] for fold in folds])
-    score("–", "majority class", majority)
-    for name, values in vectors.items():
-        for method in ("linear probe", f"{NEIGHBOURS} nearest neighbours"):
-            decided = np.empty(len(labels), dtype=object)
-            for fold in np.unique(folds):
-                train, test = folds != fold, folds == fold
-                if method == "linear probe":
-                    classifier: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-                else:
-                    classifier = KNeighborsClassifier(min(NEIGHBOURS, int(train.sum())), metric="cosine")
-                decided[test] = classifier.fit(values[train], labels[train]).predict(values[test])
-            score(name, method, decided)
+        rows.append({"embedding": name, "method": method, **found})
     return pd.DataFrame(rows)
 
 

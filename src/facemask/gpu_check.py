@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from rich.console import Console
 
-from facemask.bench import ratio, write_result
-from facemask.bench_train import Loops
+from facemask.bench import console, rates, write_result
+from facemask.bench_train import Loops, default_precision
 from facemask.config import ROOT
 from facemask.devices import auto_precision
 from facemask.errors import UserError
+from facemask.parent import followed
 from facemask.runs.predictions import heads, logits, read_predictions
 
 # Nothing random in the student, no rounding but of sums: what two ways of computing one thing are compared in.
@@ -31,9 +31,7 @@ BARE = 0.9
 FP32, BITS16 = (1e-4, 1e-3), (0.02, 0.05)
 
 
-def gpu_check(
-    out: Path, device: str = "gpu", size: str = "tiny", side: int = 224, batch: int = 64
-) -> tuple[Path, bool]:
+def gpu_check(out: Path, device: str, size: str, side: int, batch: int) -> tuple[Path, bool]:
     """Run every check and print each.
 
     Args:
@@ -48,13 +46,13 @@ def gpu_check(
     """
     if device == "gpu" and not torch.cuda.is_available():
         raise UserError("torch sees no GPU here, so there is nothing to check: run this on a machine that has one")
-    console = Console(highlight=False)
-    common = [f"model.size={size}", f"model.img_size={side}", f"data.batch_size={batch}", f"trainer={device}"]
     checks: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(Path(folder), [*common, f"data.num_images={16 * batch}", "trainer.max_epochs=5"])
+        drawn = ["data=synthetic", f"data.num_images={16 * batch}", f"trainer={device}", f"cache_dir={folder}/cache"]
+        shape = [f"model.size={size}", f"model.img_size={side}", f"data.batch_size={batch}"]
+        runs = Runs(Path(folder), [*drawn, *shape, "trainer.max_epochs=5"])
         parts = {
-            "throughput": lambda: throughput(Path(folder), device, size, side, batch),
+            "throughput": lambda: throughput(drawn, device, size, side, batch),
             "determinism": lambda: determinism(runs),
             "16 bits": lambda: agreement(runs, auto_precision(device)),
             "2 devices": lambda: exactness(runs, device),
@@ -63,8 +61,7 @@ def gpu_check(
             checks[name] = part()
             verdict = {True: "holds", False: "FAILS", None: "left out"}[checks[name]["holds"]]
             console.print(f"{name:<12} {verdict}: {checks[name]['sentence']}")
-    command = f"facemask bench gpu --size {size} --side {side} --batch {batch}"
-    file = write_result({"command": command, "device": device, "checks": checks}, "gpu", out)
+    file = write_result({"device": device, "checks": checks}, "gpu", out, size=size, side=side, batch=batch)
     return file, all(check["holds"] is not False for check in checks.values())
 
 
@@ -80,28 +77,30 @@ class Runs:
         self.folder = folder
         self.options = [*options, "model=deit", "distill=logit", "augment=light", "logger=none"]
         self.options += ["trainer.log_every_n_steps=1", "evaluate.resamples=100", "evaluate.splits=[val,test]"]
-        self.options += [f"cache_dir={folder}/cache", f"ledger={folder}/ledger"]
+        self.options += [f"ledger={folder}/ledger"]
 
     def __call__(self, name: str, *options: str) -> Path:
         """The folder of a run, trained where it is not there yet."""
         run = self.folder / name
         if not run.exists():
             command = [sys.executable, str(ROOT / "train.py"), *self.options, f"run_dir={run}", *options]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+            environment = {**os.environ, **followed()}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
             if done.returncode != 0:
                 raise UserError(f"the run {name} ended with exit code {done.returncode}: {done.stderr[-2000:]}")
         return run
 
 
-def throughput(folder: Path, device: str, size: str, side: int, batch: int) -> dict[str, Any]:
+def throughput(source: list[str], device: str, size: str, side: int, batch: int) -> dict[str, Any]:
     """train.py against the bare loop (one batch that lies on the device), in turn, at the precision of auto."""
-    precision = "fp32" if auto_precision(device).startswith("32") else "bf16"
-    source = ["data=synthetic", f"data.num_images={16 * batch}", f"trainer={device}", f"cache_dir={folder}/cache"]
-    with Loops(source, size, side, batch, precision, folder) as loops:
+    precision = default_precision(device)
+    with Loops(source, size, side, batch, precision) as loops:
         ours, bare = loops.ours(), loops.peer("bare", ("", []))
-        figures = ratio([(ours.seconds(10), bare.seconds(10)) for _ in range(5)])
-    rates = [f"{batch / figures[key]:.0f}" for key in ("seconds", "other_seconds")]
-    sentence = f"{rates[0]} images/s in {precision}, the bare loop {rates[1]}; asked: {BARE} of it"
+        figures = rates([(ours.seconds(10), bare.seconds(10)) for _ in range(5)], batch)
+    sentence = (
+        f"{figures['ours_per_s']:.0f} images/s in {precision}, the bare loop {figures['other_per_s']:.0f}; "
+        f"asked: {BARE} of it"
+    )
     return {"holds": figures["ratio"] >= BARE, "asked": BARE, **figures, "sentence": sentence}
 
 

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import csv
 import glob
-import io
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
@@ -24,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
@@ -89,24 +88,15 @@ class Model:
 
     @property
     def heads(self) -> list[str]:
-        return _heads(self.classifier)
+        return list(self.temperatures)
 
     @property
     def head(self) -> str:
         return self.classifier.reported_head
 
     @property
-    def temperature(self) -> float:
-        return self.temperatures[self.head]
-
-    @property
     def img_size(self) -> int:
         return int(self.classifier.hparams["model"]["img_size"])
-
-    @property
-    def working_size(self) -> int:
-        """Pixels of a picture's short side before the centre crop."""
-        return int(self.img_size / self.crop_pct)
 
     @property
     def module(self) -> nn.Module:
@@ -147,7 +137,8 @@ class Model:
             pixels = pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
         if 0 in pixels.shape:
             raise BadImage("no pixels")
-        return centre_crop(resize_short(pixels, self.working_size, self.max_pixels), self.img_size)
+        short_side = int(self.img_size / self.crop_pct)
+        return centre_crop(resize_short(pixels, short_side, self.max_pixels), self.img_size)
 
     def _read(self, path: str | os.PathLike) -> bytes:
         try:
@@ -179,20 +170,14 @@ class Model:
         """Logits (B, C) by head -> calibrated probabilities, float64 (B, C)."""
         return {head: softmax(np.asarray(values), self.temperatures[head]) for head, values in logits.items()}
 
-    def predict(
-        self, images: Any, *, head: str | None = None, threshold: float | None = None, batch_size: int = BATCH
-    ) -> list[Prediction]:
-        """Predictions of one picture (see `view`) or of several, in order; what gives no picture has a `problem`."""
+    def predict(self, images: Any, **options: Any) -> list[Prediction]:
+        """Predictions of one picture (see `view`) or of several, in order; what gives no picture has a `problem`.
+        Options: those of `stream`."""
         one = isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", 0) in (2, 3)
-        return list(self.stream([images] if one else images, head=head, threshold=threshold, batch_size=batch_size))
+        return list(self.stream([images] if one else images, **options))
 
     def stream(
-        self,
-        images: Iterable[Any],
-        *,
-        head: str | None = None,
-        threshold: float | None = None,
-        batch_size: int = BATCH,
+        self, images: Iterable[Any], *, head: str | None = None, threshold: float | None = None, batch_size: int = BATCH
     ) -> Iterator[Prediction]:
         """Predictions in order, as they are made. Pictures are decoded by all cores while the model computes, and at
         most three batches of views wait in memory, however many pictures there are.
@@ -203,14 +188,9 @@ class Model:
         head = self.head if head is None else head
         if head not in self.heads:
             raise UserError(f"the model has no head {head}: choose one of {', '.join(self.heads)}")
-        threshold = self.threshold if threshold is None else threshold
-        return self._stream(iter(images), head, threshold, batch_size)
-
-    def _stream(self, images: Iterator[Any], head: str, threshold: float, batch_size: int) -> Iterator[Prediction]:
-        for batch, problems, views in self.views(images, batch_size):
-            rows = self._rows(views, head, threshold) if len(views) else iter(())
-            for image, problem in zip(batch, problems, strict=True):
-                yield Prediction(image, problem=problem) if problem else Prediction(image, **next(rows))
+        least = self.threshold if threshold is None else threshold
+        batches = self.views(iter(images), batch_size)
+        return (row for batch in batches for row in self._decide(*batch, head, least))
 
     def views(
         self, images: Iterator[Any], batch_size: int = BATCH
@@ -218,7 +198,7 @@ class Model:
         """Batches of what was given, of the problem of each ("" for none), and of the views of those without one, uint8
         (B, S, S, 3). All cores decode while a batch is worked on; at most three batches are in memory."""
         waiting: deque[tuple[Any, Future]] = deque()
-        pool = ThreadPoolExecutor(os.cpu_count())
+        pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
         try:
             while True:
                 for image in itertools.islice(images, 3 * batch_size - len(waiting)):
@@ -226,11 +206,10 @@ class Model:
                 if not waiting:
                     return
                 batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-                results = [future.result() for _, future in batch]
-                views = [view for view in results if not isinstance(view, str)]
-                problems = [result if isinstance(result, str) else "" for result in results]
-                size = self.img_size
-                yield [image for image, _ in batch], problems, np.array(views, np.uint8).reshape(-1, size, size, 3)
+                found = [future.result() for _, future in batch]
+                problems = [result if isinstance(result, str) else "" for result in found]
+                views = np.array([view for view in found if not isinstance(view, str)], np.uint8)
+                yield [image for image, _ in batch], problems, views.reshape(-1, self.img_size, self.img_size, 3)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -240,7 +219,23 @@ class Model:
         except BadImage as problem:
             return problem.reason
 
-    def _rows(self, views: np.ndarray, head: str, threshold: float) -> Iterator[dict[str, Any]]:
+    def _decide(
+        self, images: list[Any], problems: list[str], views: np.ndarray, head: str, threshold: float
+    ) -> Iterator[Prediction]:
+        by_head = self._quick_probabilities(views, head, threshold) if len(views) else {}
+        classes, rows = self.classes, itertools.count()
+        for image, problem in zip(images, problems, strict=True):
+            if problem:
+                yield Prediction(image, problem=problem)
+                continue
+            row = next(rows)
+            decisions = {name: (classes[p[row].argmax()], float(p[row].max())) for name, p in by_head.items()}
+            label, probability = decisions[head]
+            of_classes = dict(zip(classes, by_head[head][row].tolist(), strict=True))
+            yield Prediction(image, label, probability, probability < threshold, of_classes, decisions)
+
+    def _quick_probabilities(self, views: np.ndarray, head: str, threshold: float) -> dict[str, np.ndarray]:
+        """`probabilities`, by bf16 where there is that and its answers are clear."""
         by_head = self.probabilities(self.logits(views, bf16=True))
         if self.half is not None:
             best = {name: np.sort(p, axis=1)[:, -2:] for name, p in by_head.items()}
@@ -249,24 +244,7 @@ class Model:
             if doubt.any():
                 for name, p in self.probabilities(self.logits(views[doubt])).items():
                     by_head[name][doubt] = p
-        for row in range(len(views)):
-            heads = {name: self._decision(p[row]) for name, p in by_head.items()}
-            label, probability = heads[head]
-            yield {
-                "label": label,
-                "probability": probability,
-                "unsure": probability < threshold,
-                "probabilities": dict(zip(self.classes, by_head[head][row].tolist(), strict=True)),
-                "heads": heads,
-            }
-
-    def _decision(self, probabilities: np.ndarray) -> tuple[str, float]:
-        best = int(probabilities.argmax())
-        return self.classes[best], float(probabilities[best])
-
-
-def _heads(classifier: Classifier) -> list[str]:
-    return [*classifier.heads, *(["mean"] if len(classifier.heads) > 1 else [])]
+        return by_head
 
 
 # -- loading ----------------------------------------------------------------------------------------------------
@@ -291,7 +269,7 @@ def load_model(
         UserError: no run, no checkpoint, one that is damaged, of another version, or not the record's.
     """
     source = Path(source)
-    config, stored, said_of = None, None, None
+    config, stored = None, None
     if (source / "record.json").is_file():
         record = read_record(source)
         if checkpoint is None:
@@ -301,31 +279,23 @@ def load_model(
         run = next((name for name, facts in record.info["runs"].items() if facts["weights_sha256"] == weights), None)
         if run is None:
             raise UserError(f"{checkpoint} has none of the weights of the record {source}: it is of another run")
-        stored, said_of = record.predictions(run), weights
+        stored = record.predictions(run)
+    elif checkpoint is not None:
+        raise UserError(f"{source} is no record: --checkpoint PATH goes with a record, which holds no weights")
     else:
-        if checkpoint is not None:
-            raise UserError(f"{source} is no record: --checkpoint PATH goes with a record, which holds no weights")
-        if source.is_dir():
-            run_dir = source
-            classifier = load_run(run_dir)[1]
-        elif source.is_file():
-            run_dir = source.absolute().parent.parent
-            classifier = load_classifier(source)
-        else:
-            raise UserError(f"{source} does not exist: give a run folder, a record or a checkpoint")
+        classifier = load_run(source)[1] if source.is_dir() else load_classifier(source)
         weights = weights_sha256(classifier.state_dict())
+        run_dir = source if source.is_dir() else source.absolute().parent.parent
         if (run_dir / "config.yaml").is_file():
             config = read_config(run_dir / "config.yaml")
-        if (run_dir / "predictions.parquet").is_file() and (run_dir / "summary.json").is_file():
-            stored = predictions.read_predictions(run_dir / "predictions.parquet")
-            said_of = read_json(run_dir / "summary.json").get("weights_sha256")
+        said = run_dir / "predictions.parquet"
+        if said.is_file() and read_json(run_dir / "summary.json").get("weights_sha256") == weights:
+            stored = predictions.read_predictions(said)
     if config is not None:
         _check_unchanged(config, classifier, source)
     data = config["data"] if config else {}
-    temperatures, calibrated, sentence = _calibrate(classifier, stored if said_of == weights else None)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    temperatures, calibrated, sentence = _calibrate(classifier, stored)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     classifier = classifier.to(device).requires_grad_(False)
     _fuse_attention(classifier, True)
     return Model(
@@ -366,27 +336,23 @@ def _check_unchanged(config: dict[str, Any], classifier: Classifier, source: Pat
         check(OmegaConf.create(config))
     except (OmegaConfBaseException, AttributeError, TypeError) as error:
         raise UserError(f"the config of {source} is not one of train.py (edited by hand?): {error}") from error
-    trained = classifier.hparams["model"]
-    for key in sorted(trained.keys() | config["model"].keys()):
-        here, there = config["model"].get(key), trained.get(key)
-        if here != there and key not in ("pretrained", "checkpoint"):
+    trained, told = classifier.hparams["model"], config["model"]
+    for key in sorted((trained.keys() | told.keys()) - {"pretrained", "checkpoint"}):
+        if told.get(key) != trained.get(key):
             raise UserError(
-                f"the config of {source} has model.{key}={here} and its checkpoint was trained with {there}: "
-                "restore config.yaml, it was edited by hand"
+                f"the config of {source} has model.{key}={told.get(key)} and its checkpoint was trained with "
+                f"{trained.get(key)}: restore config.yaml, it was edited by hand"
             )
 
 
-def _calibrate(
-    classifier: Classifier, stored: tuple[pd.DataFrame, list[str]] | None
-) -> tuple[dict[str, float], bool, str]:
+def _calibrate(classifier: Classifier, stored: tuple[pd.DataFrame, list[str]] | None) -> tuple[dict, bool, str]:
     """Temperatures by head from a run's stored predictions of its validation split, and a sentence about them."""
-    heads = _heads(classifier)
-    frame, classes = stored or (pd.DataFrame({"split": []}), [])
-    found = temperatures(frame, classes)
-    if not {*heads} <= found.keys():
+    heads = [*classifier.heads, *(["mean"] if len(classifier.heads) > 1 else [])]
+    found = temperatures(*stored) if stored else {}
+    if stored is None or not {*heads} <= found.keys():
         why = "the run keeps no validation predictions of these weights"
         return dict.fromkeys(heads, 1.0), False, f"probabilities are not calibrated: {why}"
-    n, head = (frame["split"] == "val").sum(), classifier.reported_head
+    n, head = (stored[0]["split"] == "val").sum(), classifier.reported_head
     sentence = f"calibrated on {n:,} validation pictures, temperature {found[head]:.3g} ({head})"
     return {name: found[name] for name in heads}, True, sentence
 
@@ -418,40 +384,27 @@ def expand(paths: Iterable[str], listed: bytes = b"") -> list[str]:
 
 def pictures_below(folder: str) -> list[str]:
     """Pictures below a folder by their suffix, in the order of names; hidden files and folders are left out."""
-    found = []
+    found: list[str] = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            str(Path(parent, name))
-            for name in sorted(files)
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
+        pictures = sorted(name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+        found += [str(Path(parent, name)) for name in pictures]
     return found
 
 
-FORMATS = ("table", "csv", "jsonl")
-
-
 def predict_files(
-    model: Model,
-    files: Sequence[str],
-    out: Path | None,
-    kind: str,
-    head: str | None = None,
-    threshold: float | None = None,
-    batch_size: int = BATCH,
+    model: Model, files: Sequence[str], out: Path | None, kind: str, head: str | None, threshold: float, batch_size: int
 ) -> list[Prediction]:
     """Write a row for every file as soon as it is predicted, with a progress bar; returns those with a problem.
 
     Args:
         out: a new file; None: standard output.
-        kind: one of `FORMATS`.
+        kind: "table", or "csv" or "jsonl" (JSON lines), which have the same columns.
 
     Raises:
         UserError: no such head, or `out` cannot be written.
     """
     rows = model.stream(files, head=head, threshold=threshold, batch_size=batch_size)
-    line, header = _table(model) if kind == "table" else _csv(model) if kind == "csv" else _json(model)
     try:
         target = contextlib.nullcontext(sys.stdout) if out is None else out.open("x", encoding="utf-8", newline="")
     except FileExistsError as error:
@@ -459,83 +412,55 @@ def predict_files(
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
     failed = []
-    bar = Progress(
-        TextColumn("predicting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty() or (out is None and sys.stdout.isatty()),
-    )
+    between_rows = out is None and sys.stdout.isatty()  # a bar would be
+    bar = Progress(console=Console(stderr=True), transient=True, disable=between_rows)
     with target as file, bar:
-        file.write(header)
-        for row in bar.track(rows, total=len(files)):
-            text = line(row)
-            file.write(text.encode("utf-8", "backslashreplace").decode())  # a name may be no valid UTF-8
+        write = _table(file, model) if kind == "table" else _lines(file, model, kind)
+        for row in bar.track(rows, total=len(files), description="predicting"):
+            write(row)
             file.flush()  # a row that was written stays, however the program ends
             if row.problem:
                 failed.append(row)
     return failed
 
 
-def _json(model: Model) -> tuple[Callable[[Prediction], str], str]:
-    def line(row: Prediction) -> str:
-        of_heads = [(head, *row.heads[head]) for head in model.classifier.heads if row.heads]
-        content = {
-            "path": row.source,
+def _lines(file: TextIO, model: Model, kind: str) -> Callable[[Prediction], Any]:
+    def cells(row: Prediction) -> dict[str, Any]:
+        found = {  # a name may be no valid UTF-8
+            "path": str(row.source).encode("utf-8", "backslashreplace").decode(),
             "label": row.label,
-            "probability": _rounded(row.probability),
-            "unsure": row.unsure,
-            "probabilities": {name: _rounded(p) for name, p in row.probabilities.items()},
-            "heads": {head: {"label": label, "probability": _rounded(p)} for head, label, p in of_heads},
-            "problem": row.problem or None,
+            "probability": row.probability,
+            "unsure": None if row.problem else row.unsure,
+            **{f"p/{name}": row.probabilities.get(name) for name in classes},
         }
-        return json.dumps(content, ensure_ascii=False) + "\n"
+        for head in heads:
+            found[f"{head}/label"], found[f"{head}/probability"] = row.heads.get(head, (None, None))
+        found["problem"] = row.problem or None
+        return {name: round(cell, 6) if isinstance(cell, float) else cell for name, cell in found.items()}
 
-    return line, ""
-
-
-def _csv(model: Model) -> tuple[Callable[[Prediction], str], str]:
-    heads = model.classifier.heads
-    of_heads = [f"{head}/{column}" for head in heads for column in ("label", "probability")]
-    columns = ["path", "label", "probability", "unsure", *(f"p/{name}" for name in model.classes), *of_heads, "problem"]
-
-    def text(cells: Sequence[Any]) -> str:
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerow(cells)
-        return buffer.getvalue()
-
-    def line(row: Prediction) -> str:
-        if row.problem:
-            return text([row.source, *[""] * (len(columns) - 2), row.problem])
-        decision = [row.label, _rounded(row.probability), "true" if row.unsure else "false"]
-        of_classes = [_rounded(row.probabilities[name]) for name in model.classes]
-        pairs = [cell for head in heads for cell in (row.heads[head][0], _rounded(row.heads[head][1]))]
-        return text([row.source, *decision, *of_classes, *pairs, ""])
-
-    return line, text(columns)
+    classes, heads = model.classes, model.classifier.heads
+    if kind == "jsonl":
+        return lambda row: file.write(json.dumps(cells(row), ensure_ascii=False) + "\n")
+    table = csv.DictWriter(file, cells(Prediction("")), lineterminator="\n")
+    table.writeheader()
+    return lambda row: table.writerow(cells(row))
 
 
-def _table(model: Model) -> tuple[Callable[[Prediction], str], str]:
+def _table(file: TextIO, model: Model) -> Callable[[Prediction], Any]:
     heads = model.classifier.heads if len(model.heads) > 1 else []
     width = max(map(len, model.classes)) + len(" 0.999")
 
-    def columns(decision: str, of_heads: Sequence[str], path: str) -> str:
+    def write(decision: str, of_heads: Sequence[str], path: str) -> None:
         cells = [f"{decision:<{width + len(' unsure')}}", *(f"{cell:<{width}}" for cell in of_heads), path]
-        return "  ".join(cells) + "\n"
+        file.write("  ".join(cells) + "\n")
 
-    def line(row: Prediction) -> str:
+    def line(row: Prediction) -> None:
         # A name may hold what would move the cursor.
         path = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(row.source))
         if row.problem:
-            return columns("no picture", ["–"] * len(heads), f"{path}: {row.problem}")
+            return write("no picture", ["–"] * len(heads), f"{path}: {row.problem}")
         decision = f"{row.label} {row.probability:.3f}{' unsure' if row.unsure else ''}"
-        pairs = [row.heads[head] for head in heads]
-        return columns(decision, [f"{label} {p:.3f}" for label, p in pairs], path)
+        write(decision, ["{} {:.3f}".format(*row.heads[head]) for head in heads], path)
 
-    return line, columns("decision", heads, "file")
-
-
-def _rounded(probability: float | None) -> float | None:
-    return None if probability is None else round(probability, 6)
+    write("decision", heads, "file")
+    return line

@@ -103,13 +103,15 @@ class Ranks(pl.Callback):
                 f"one of the {self.trainer.world_size} processes of this run ended or cannot be reached any more "
                 f"(noticed by rank {self.trainer.global_rank}), so all end: the same command with resume=true goes on"
             )
-            if self.trainer.local_rank <= 1:
-                print(f"error: {sentence}", file=sys.stderr, flush=True)
-            if self.on_loss is not None:
-                self.on_loss(error=sentence)
-            if isinstance(self.trainer.strategy.launcher, _SubprocessScriptLauncher):
-                self.trainer.strategy.launcher.kill(signal.SIGKILL)
-            os._exit(1)
+            try:
+                if self.trainer.local_rank <= 1:
+                    print(f"error: {sentence}", file=sys.stderr, flush=True)
+                if self.on_loss is not None:
+                    self.on_loss(error=sentence)
+                if isinstance(self.trainer.strategy.launcher, _SubprocessScriptLauncher):
+                    self.trainer.strategy.launcher.kill(signal.SIGKILL)
+            finally:  # also where a full disk takes no status, or nobody reads what is printed
+                os._exit(1)
 
 
 def join_submitit() -> None:

@@ -5,8 +5,7 @@ import hashlib
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from facemask.evaluate import find_teacher, open_split, predict_splits
 from facemask.files import write_text
 from facemask.predict import load_model
 from facemask.runs import metrics, predictions
+from facemask.runs.calibration import class_indices
 from facemask.runs.page import SERIES, Cell, Page, picture, plot, standalone
 from facemask.runs.report import number, title
 
@@ -56,6 +56,7 @@ SWAYED = 0.1
 
 View = Callable[[int], np.ndarray]  # row of the data's table -> uint8 (img_size, img_size, 3)
 Predict = Callable[[ImageData], pd.DataFrame]  # predictions of all pictures of a table
+Reaction = Mapping[str, Mapping[str, Any]]
 
 
 # -- what is done to a view -------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class MaskRegion:
     def patched(self, row: int) -> np.ndarray:
         """A square of a quarter of the side in the corner that overlaps the region least, outside of it; its colour is
         that of the picture's own mask, or of another picture's."""
-        view, region, rng = self._cut(self._pixels(row)), self.region(row), hashed_rng(PATCH, row)
+        view, region, rng = self._cut(self._pixels(row)).copy(), self.region(row), hashed_rng(PATCH, row)
         side, quarter = len(view), len(view) // 4
         corners = [(y, x) for y in (0, side - quarter) for x in (0, side - quarter)]
         boxes = [np.s_[y : y + quarter, x : x + quarter] for y, x in rng.permutation(corners)]
@@ -153,10 +154,7 @@ def conditions(data: ImageData, rows: np.ndarray) -> dict[str, View]:
 
     def worse(name: str, strength: int) -> View:
         return lambda row: corrupt(
-            centre_crop(data.pixels[data.cache_rows[row]], data.img_size),
-            name,
-            strength,
-            data.table["path"].iloc[row],
+            centre_crop(data.pixels[data.cache_rows[row]], data.img_size), name, strength, data.table["path"].iloc[row]
         )
 
     found = {CLEAN: worse("blur", 0)}
@@ -195,31 +193,29 @@ def predict_under(data: ImageData, rows: np.ndarray, views: Mapping[str, View], 
 # -- does the decision follow the mask? -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Reaction:
-    """What a condition does to a head's decisions: accuracy, AUROC and share of changed decisions, each with its
-    interval as `facemask.runs.metrics.scalar_metrics` gives it."""
+def reactions(frame: pd.DataFrame, classes: Sequence[str], names: Mapping[str, str]) -> dict[str, dict[str, Reaction]]:
+    """What conditions do to the decisions of each head, of a table that `predict_under` made.
 
-    accuracy: dict[str, Any]
-    auroc: dict[str, Any]
-    flips: dict[str, Any]
+    Args:
+        names: what a condition is called -> the condition.
 
-
-def reactions(frame: pd.DataFrame, classes: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Reaction]]:
-    """{head: {condition: Reaction}} of a table that `predict_under` made."""
+    Returns:
+        {head: {name: {"accuracy", "auroc", "changed"}}}, each as `facemask.runs.metrics.scalar_metrics` gives it;
+        changed: the share of the decisions that are others than on the clean pictures.
+    """
     clean = frame[frame["split"] == CLEAN]
-    index = {name: i for i, name in enumerate(classes)}
-    labels, groups = clean["label"].map(index).to_numpy(dtype=np.int64), clean["group"].to_numpy()
+    labels, groups = class_indices(clean, classes), clean["group"].to_numpy()
     found: dict[str, dict[str, Reaction]] = {}
     for head in predictions.heads(frame):
         before = predictions.logits(clean, head, classes).argmax(axis=1)
-        for name in names:
-            logits = predictions.logits(frame[frame["split"] == name], head, classes)
+        for name, condition in names.items():
+            logits = predictions.logits(frame[frame["split"] == condition], head, classes)
             figures = metrics.scalar_metrics(logits, labels, groups)
             kept = metrics.scalar_metrics(logits, before, groups)["accuracy"]
-            ends = {"low": kept["high"], "high": kept["low"]}
-            flips = {"value": 1 - kept["value"], **{k: None if v is None else 1 - v for k, v in ends.items()}}
-            found.setdefault(head, {})[name] = Reaction(figures["accuracy"], figures["auroc"], flips)
+            ends = {"value": kept["value"], "low": kept["high"], "high": kept["low"]}
+            changed = {key: None if share is None else 1 - share for key, share in ends.items()}
+            of = {"accuracy": figures["accuracy"], "auroc": figures["auroc"], "changed": changed}
+            found.setdefault(head, {})[name] = of
     return found
 
 
@@ -230,29 +226,29 @@ def verdict(found: Mapping[str, Reaction], guess: float) -> tuple[str, list[str]
         found: of each condition of the shortcut test.
         guess: accuracy of always naming the commonest class.
     """
-    hidden, alone = (found[name] for name in ((HIDDEN, ALONE) if HIDDEN in found else (LOWER, UPPER)))
-    patch = found[PATCH].flips if PATCH in found else None
-    where = "the mask region" if HIDDEN in found else "the lower half"
-    other_evidence = _least(hidden.accuracy) > guess or _least(hidden.auroc) > 0.5
-    enough = _least(alone.accuracy) > guess
+    drawn = HIDDEN in found
+    hidden, alone = (found[name] for name in ((HIDDEN, ALONE) if drawn else (LOWER, UPPER)))
+    where = "the mask region" if drawn else "the lower half"
+    other_evidence = _least(hidden["accuracy"]) > guess or _least(hidden["auroc"]) > 0.5
+    enough = _least(alone["accuracy"]) > guess
     sentences = [
-        f"With {where} covered {number(hidden.accuracy, percent=True)} % are right, where naming the commonest class "
-        f"gets {100 * guess:.1f} %, and the AUROC is {number(hidden.auroc)}, where 0.5 is chance: "
+        f"With {where} covered {number(hidden['accuracy'], percent=True)} % are right, where naming the commonest "
+        f"class gets {100 * guess:.1f} %, and the AUROC is {number(hidden['auroc'])}, where 0.5 is chance: "
         + ("something else tells the label too." if other_evidence else "no sign that anything else tells the label."),
-        f"With all but {where} covered {number(alone.accuracy, percent=True)} % are right: "
+        f"With all but {where} covered {number(alone['accuracy'], percent=True)} % are right: "
         + ("it is enough for more than guessing." if enough else "that is no more than guessing."),
     ]
-    if patch is not None:
+    if drawn:
+        patch = found[PATCH]["changed"]
         swayed = _least(patch) > SWAYED
+        other_evidence |= swayed
         sentences.append(
             f"A patch in the mask's colour elsewhere changes {number(patch, percent=True)} % of the decisions: "
             + ("colour anywhere counts." if swayed else f"not shown to be more than {100 * SWAYED:.0f} %.")
         )
-    else:
-        swayed = False
     if not enough:
         return "is not shown to follow the mask", sentences
-    return ("follows the mask, and other things too" if other_evidence or swayed else "follows the mask"), sentences
+    return ("follows the mask, and other things too" if other_evidence else "follows the mask"), sentences
 
 
 def _least(entry: Mapping[str, Any]) -> float:
@@ -288,14 +284,11 @@ def stress(run_dir: Path, split: str, pictures: int, out: Path, cache_dir: Path)
 
     views = conditions(data, rows)
     frame = predict_under(data, rows, views, predict)
-    stressed = [name for name in views if name not in (HIDDEN, ALONE, PATCH)]
-    numbers = metrics.evaluate(frame[frame["split"].isin(stressed)], classes, resamples=cfg.evaluate.resamples)
-    if HIDDEN in views:
-        asked = {name: name for name in (HIDDEN, ALONE, PATCH)}
-    else:
-        asked = {name: f"{name} 5" for name in (LOWER, UPPER)}
-    found = reactions(frame, classes, [CLEAN, *asked.values()])
-    reacted = {head: {name: of[asked.get(name, name)] for name in (CLEAN, *asked)} for head, of in found.items()}
+    shown = (HIDDEN, ALONE, PATCH) if data.drawn else (LOWER, UPPER)
+    asked = {name: name if data.drawn else f"{name} 5" for name in shown}
+    stressed = frame[~frame["split"].isin([HIDDEN, ALONE, PATCH])]
+    numbers = metrics.evaluate(stressed, classes, resamples=cfg.evaluate.resamples)
+    reacted = reactions(frame, classes, {CLEAN: CLEAN, **asked})
     page = Page(f"Stress test of {run_dir.name}", f"{len(rows):,} {split} pictures · {', '.join(classes)}")
     if gone:
         page.note("The run's teacher is no longer in the cache, so it is missing here.")
@@ -306,8 +299,9 @@ def stress(run_dir: Path, split: str, pictures: int, out: Path, cache_dir: Path)
     _stressed(page, numbers, classifier.reported_head)
     page.figure(_sheet([[views[f"{name} {s}" if s else CLEAN](examples[0]) for s in range(6)] for name in CORRUPTIONS]))
     write_text(out / "stress.svg", standalone(_picture(numbers)))
-    write_text(out / "stress.csv", _stress_csv(numbers))
-    write_text(out / "shortcuts.csv", _shortcut_csv(reacted))
+    _stress_table(numbers).to_csv(out / "stress.csv", index=False)
+    lines = [{"head": h, "pictures": name, **_figures(of, of)} for h, by in reacted.items() for name, of in by.items()]
+    pd.DataFrame(lines).to_csv(out / "shortcuts.csv", index=False)
     page.write(out / "stress.html")
     return page
 
@@ -340,7 +334,7 @@ def _shortcuts(page: Page, reacted: dict[str, dict[str, Reaction]], chosen: str,
     if verdicts:
         page.text(" ".join(f"That of the {title(head, heads)} {words}." for head, (words, _) in verdicts.items()))
     rows: list[list[Cell]] = [
-        [title(head, heads), name, number(of.accuracy, percent=True), number(of.auroc), number(of.flips, percent=True)]
+        [title(head, heads), name, *(number(of[figure], percent=figure != "auroc") for figure in of)]
         for head, found in reacted.items()
         for name, of in found.items()
     ]
@@ -419,27 +413,18 @@ def _sheet(lines: list[list[np.ndarray]], cell: int = 96) -> str:
     return f'<svg viewBox="0 0 {left + width} {height}" width="{left + width}">{names}{image}</svg>'
 
 
-def _stress_csv(numbers: Mapping[str, Any]) -> str:
-    lines: list[list[Any]] = []
+def _stress_table(numbers: Mapping[str, Any]) -> pd.DataFrame:
+    lines: list[dict[str, Any]] = []
     for condition, by_head in numbers.items():
         name, _, strength = condition.rpartition(" ") if condition != CLEAN else (CLEAN, "", "0")
         level = CORRUPTIONS[name][1][int(strength) - 1] if name in CORRUPTIONS else ""
         for head, of in by_head.items():
-            figures = [of[metric][key] for metric in metrics.SCALARS for key in ("value", "low", "high")]
-            lines.append([name, strength, level, head, of["n"], of["groups"], *figures])
-    figures = [f"{metric}{key}" for metric in metrics.SCALARS for key in ("", "_low", "_high")]
-    return _csv(["corruption", "strength", "level", "head", "pictures", "groups", *figures], lines)
+            facts = {"corruption": name, "strength": strength, "level": level, "head": head}
+            lines.append({**facts, "pictures": of["n"], "groups": of["groups"], **_figures(of, metrics.SCALARS)})
+    return pd.DataFrame(lines)
 
 
-def _shortcut_csv(reacted: dict[str, dict[str, Reaction]]) -> str:
-    lines = [
-        [head, name, *(entry[key] for entry in (of.accuracy, of.auroc, of.flips) for key in ("value", "low", "high"))]
-        for head, found in reacted.items()
-        for name, of in found.items()
-    ]
-    figures = [f"{metric}{key}" for metric in ("accuracy", "auroc", "changed") for key in ("", "_low", "_high")]
-    return _csv(["head", "pictures", *figures], lines)
-
-
-def _csv(columns: list[str], lines: list[list[Any]]) -> str:
-    return pd.DataFrame(lines, columns=columns).to_csv(index=False)
+def _figures(of: Reaction, names: Iterable[str]) -> dict[str, Any]:
+    """Columns of a table: a figure and the ends of its interval."""
+    ends = {"": "value", "_low": "low", "_high": "high"}
+    return {f"{name}{end}": of[name][key] for name in names for end, key in ends.items()}

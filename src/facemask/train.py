@@ -33,7 +33,7 @@ from facemask.data import cache as pixel_cache
 from facemask.data import datamodule, images, transforms
 from facemask.data.datamodule import ImageData
 from facemask.data.manifest import label_conflicts
-from facemask.devices import Prefetched, activation_bytes, choose, keep_freed_memory, set_threads, use_tf32
+from facemask.devices import Prefetched, activation_bytes, choose, set_threads, use_tf32
 from facemask.errors import UserError
 from facemask.evaluate import predict_splits
 from facemask.files import write_json, write_text
@@ -106,7 +106,6 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
         return json.loads((folder.path / "summary.json").read_text()) if main else None
     cv2.setNumThreads(0)
     set_threads(cfg.threads or (folder.provenance()["hardware"]["torch_threads"] if resuming else None))
-    keep_freed_memory()
     _quiet_lightning()
 
     # -- everything that can be wrong is found here, before the run folder is written
@@ -165,7 +164,8 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
     if main and not resuming:
         facts = data.table[["path", "label", "split", "group", "sha256", "bytes"]]
         write_text(folder.path / "split.csv", facts.to_csv(index=False, lineterminator="\n"))
-        folder.start(config, {**provenance, "seeds": _seeds(cfg), "fingerprint": data.fingerprint}, diff)
+        seeds = {"run": cfg.seed, "augment": cfg.augment.get("seed"), "split": cfg.data.get("split_seed")}
+        folder.start(config, {**provenance, "seeds": seeds, "fingerprint": data.fingerprint}, diff)
     loggers = _loggers(cfg, config, data, folder)
     trainer = _trainer(cfg, logger=[curves, *loggers], callbacks=callbacks, default_root_dir=folder.path)
     checkpoint = folder.last_checkpoint if resuming and folder.last_checkpoint.exists() else None
@@ -199,15 +199,9 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any] | None:
         reported = trainer.strategy.broadcast(reported)
         use_tf32(False)  # predictions are in fp32
         student = Classifier.load_from_checkpoint(reported, map_location="cpu", weights_only=True)
-        frame, timing = predict_splits(
-            student,
-            teacher,
-            data,
-            cfg.evaluate.splits,
-            cfg.evaluate.batch_size,
-            device,
-            (trainer.global_rank, trainer.world_size),
-        )
+        ranks_of = trainer.global_rank, trainer.world_size
+        splits, batch_size = cfg.evaluate.splits, cfg.evaluate.batch_size
+        frame, timing = predict_splits(student, teacher, data, splits, batch_size, device, ranks_of)
     if not main:
         return None
     floor = baselines(data.table, list(cfg.evaluate.splits), Path(cfg.cache_dir))
@@ -309,11 +303,7 @@ def training_split(cfg: DictConfig, data: ImageData) -> TrainingSplit:
         return DataLoader(views, data.batch_size, sampler=keys, drop_last=len(keys) >= data.batch_size)
 
     train = data.table.iloc[data.rows("train")]
-    seen = [
-        data.working_size,
-        data.img_size,
-        as_plain(cfg.augment) if cfg.teacher.train != "frozen" else None,
-    ]
+    seen = [data.working_size, data.img_size, as_plain(cfg.augment) if cfg.teacher.train != "frozen" else None]
     digest = hashlib.sha256(json.dumps(seen).encode())
     for row in zip(train["path"], train["label"], train["sha256"], data.crossfit_folds().tolist(), strict=True):
         digest.update(json.dumps(row).encode())
@@ -391,22 +381,11 @@ def _loggers(cfg: DictConfig, config: dict[str, Any], data: ImageData, folder: R
     for name, part in (cfg.logger or {}).items():
         more: dict[str, Any] = {}
         if name == "wandb":
-            log_images = data.drawn if part.log_images is None else part.log_images
-            run_id = folder.status().get("id")
-            more = {
-                "log_images": log_images,
-                "save_dir": cfg.run_dir,
-                "name": folder.path.name,
-                "version": run_id,
-            }
-            more["resume"] = "allow"
+            more = {"save_dir": cfg.run_dir, "name": folder.path.name, "version": folder.status().get("id")}
+            more |= {"resume": "allow", "log_images": data.drawn if part.log_images is None else part.log_images}
         loggers.append(hydra.utils.instantiate(part, **more))
         loggers[-1].log_hyperparams(config)
     return loggers
-
-
-def _seeds(cfg: DictConfig) -> dict[str, Any]:
-    return {"run": cfg.seed, "augment": cfg.augment.get("seed"), "split": cfg.data.get("split_seed")}
 
 
 def _data_facts(data: ImageData) -> dict[str, Any]:
@@ -415,13 +394,8 @@ def _data_facts(data: ImageData) -> dict[str, Any]:
         split: {label: int(((table["split"] == split) & (table["label"] == label)).sum()) for label in data.classes}
         for split in ("train", "val", "test")
     }
-    return {
-        "fingerprint": data.fingerprint,
-        "classes": data.classes,
-        "counts": counts,
-        "left_out": data.left_out,
-        "not_in_split_file": data.unnamed,
-    }
+    facts = {"fingerprint": data.fingerprint, "classes": data.classes, "counts": counts}
+    return {**facts, "left_out": data.left_out, "not_in_split_file": data.unnamed}
 
 
 def _distillation_facts(cfg: DictConfig, curves: Path, teacher_file: Path | None) -> dict[str, Any]:

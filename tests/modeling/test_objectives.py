@@ -14,6 +14,7 @@ from facemask.modeling.objectives import (
     Labels,
     LogitDistillation,
     Objective,
+    ShuffledTeacher,
     SoftDistillation,
     TeacherOutputs,
     cosine_distance,
@@ -193,6 +194,23 @@ def test_the_class_head_does_not_see_the_teacher_nor_the_distillation_head_the_l
         assert not torch.equal(grads[0]["head_dist"], grads[1]["head_dist"])
         assert torch.equal(grads[0]["head_dist"], grads[2]["head_dist"])
         assert not torch.equal(grads[0]["head"], grads[2]["head"])
+
+
+def test_a_shuffled_teacher_speaks_of_another_picture_of_the_class():
+    said = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 4.0], [5.0, 0.0], [6.0, 0.0]])
+    target = torch.tensor([[1.0, 0.0], [0.4, 0.6], [0.9, 0.1], [0.0, 1.0], [0.8, 0.2], [1.0, 0.0]])  # 0, 1, 0, 1, 0, 0
+    moved = said[[2, 3, 4, 1, 5, 0]]
+    logits = {head: torch.randn(6, 2) for head in ("head", "head_dist")}
+    given = Outputs(logits, None, torch.zeros(6, 3), torch.zeros(6, 3))
+    base = SoftDistillation(0.5, tau=1.0)
+    shuffled = ShuffledTeacher(base, label_smoothing=0.1)
+    assert base.label_smoothing == 0.1
+    assert torch.equal(shuffled(given, target, teacher(said))["loss"], base(given, target, teacher(moved))["loss"])
+    assert not torch.equal(shuffled(given, target, teacher(said))["loss"], base(given, target, teacher(said))["loss"])
+    assert shuffled.needs_teacher
+    assert shuffled.needs_only_logits
+    assert shuffled.needs_token is True
+    assert shuffled.heads(True) == ["head", "head_dist"]
 
 
 def test_cosine_distance_by_hand():

@@ -9,7 +9,7 @@ import pandas as pd
 from rich.console import Console
 
 from facemask.runs.metrics import evaluate
-from facemask.runs.page import SERIES, Page, format_cell, plot
+from facemask.runs.page import SERIES, Page, format_cell, plot, show, text_table
 from facemask.runs.predictions import add_mean_head, assemble, heads, write_predictions
 from facemask.runs.report import hugging_face_metrics, run_report, terminal_table
 
@@ -151,21 +151,13 @@ def test_worst_errors_come_by_loss_with_pictures_or_as_text(tmp_path):
     assert [id for id in asked if id in set(test["id"])] == expected
     assert page.images == len(asked)
 
-    page = Text(run_report(tmp_path, pictures=None).read_text())
-    assert page.images == 0
-    listed = [row[0] for row in page.rows if row[0] in set(test["id"])]
-    assert listed == expected
-
-
-def test_a_picture_that_is_gone_leaves_the_names(tmp_path):
-    frame = make_run(tmp_path)
-
-    def pictures(id: str) -> np.ndarray:
+    def gone(id: str) -> np.ndarray:
         raise FileNotFoundError(id)
 
-    page = Text(run_report(tmp_path, pictures=pictures).read_text())
-    assert page.images == 0
-    assert {row[0] for row in page.rows} & set(frame["id"])
+    for without in (None, gone):
+        page = Text(run_report(tmp_path, pictures=without).read_text())
+        assert page.images == 0
+        assert [row[0] for row in page.rows if row[0] in set(test["id"])] == expected
 
 
 def test_summary_and_provenance_are_shown(tmp_path):
@@ -273,6 +265,13 @@ def test_cells_and_alignment():
     page = Page("t")
     page.table(["name", "value"], [["a", 1.5], ["b", None]])
     assert page.blocks[0]["right"] == [False, True]
+    page.note("b [bold]")
+    console = Console(width=80, record=True, file=io.StringIO())
+    show(page, console)
+    console.print(text_table([], [["a [red]x", 1]]))
+    printed = console.export_text()
+    assert "b [bold]" in printed  # not taken for markup
+    assert "a [red]x" in printed
 
 
 def test_a_users_matplotlib_style_does_not_reach_the_page():

@@ -10,6 +10,7 @@ import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(planes)
 
 
+@dataclass(eq=False)
 class TrainViews(Dataset):
     """Augmented views of the training split, addressed by (epoch, row).
 
@@ -60,24 +62,16 @@ class TrainViews(Dataset):
         folds: cross-fitting fold (N,); a view is mixed with one of the same fold.
     """
 
-    def __init__(
-        self,
-        pixels: Pixels,
-        rows: np.ndarray,
-        paths: Any,
-        labels: np.ndarray,
-        num_classes: int,
-        augmentation: Augmentation,
-        folds: np.ndarray,
-    ) -> None:
-        self.pixels = pixels
-        self.rows = rows
-        self.paths = paths
-        self.labels = labels
-        self.num_classes = num_classes
-        self.augmentation = augmentation
-        self.folds = folds
-        self._partners: tuple[int, np.ndarray] = (-1, folds)  # of the epoch read last
+    pixels: Pixels
+    rows: np.ndarray
+    paths: Any
+    labels: np.ndarray
+    num_classes: int
+    augmentation: Augmentation
+    folds: np.ndarray
+
+    def __post_init__(self) -> None:
+        self._partners = -1, self.folds  # of the epoch read last
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -118,17 +112,17 @@ class TrainViews(Dataset):
         return {"pixels": to_tensor(pixels), "target": torch.from_numpy(target), "row": index, "epoch": epoch}
 
 
+@dataclass(eq=False)
 class EvalViews(Dataset):
     """Evaluation views (centre crop at working size) of some rows of the table.
 
     An item is a dictionary of `pixels` uint8 (3, H, W) and `label` (class index).
     """
 
-    def __init__(self, pixels: Pixels, rows: np.ndarray, labels: np.ndarray, img_size: int) -> None:
-        self.pixels = pixels
-        self.rows = rows
-        self.labels = labels
-        self.img_size = img_size
+    pixels: Pixels
+    rows: np.ndarray
+    labels: np.ndarray
+    img_size: int
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -138,19 +132,19 @@ class EvalViews(Dataset):
         return {"pixels": to_tensor(pixels), "label": int(self.labels[index])}
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler):
     """Keys (epoch, row) of a shuffled epoch; rank r of w takes every w-th, so that the global batch of a step holds
     the same pictures whatever the number of ranks. Lightning calls `set_epoch`. `resume_at` is (epoch, keys of it that
     are not given again)."""
 
-    def __init__(
-        self, views: TrainViews, rank: int = 0, world_size: int = 1, resume_at: tuple[int, int] = (0, 0)
-    ) -> None:
-        self.views = views
-        self.rank = rank
-        self.world_size = world_size
-        self.resume_at = resume_at
-        self.epoch = resume_at[0]
+    views: TrainViews
+    rank: int = 0
+    world_size: int = 1
+    resume_at: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self.epoch = self.resume_at[0]
 
     def set_epoch(self, epoch: int) -> None:
         # Lightning starts the loader processes of a resumed run before it has read the epoch, and says 0.
@@ -502,13 +496,7 @@ class FolderData(ImageData):
             wrote into the folder, else a search for near-duplicates that is made now.
     """
 
-    def __init__(
-        self,
-        *,
-        root: str | None,
-        manifest: str | None = None,
-        **common: Any,
-    ) -> None:
+    def __init__(self, *, root: str | None, manifest: str | None = None, **common: Any) -> None:
         super().__init__(**common)
         self.root = Path(root) if root else None
         self.manifest = Path(manifest) if manifest else None

@@ -180,11 +180,7 @@ def build_backbone(
     Raises:
         UserError: unknown name, weights that cannot be had or do not fit.
     """
-    options: dict[str, Any] = {
-        "num_classes": num_classes,
-        "drop_rate": drop_rate,
-        "drop_path_rate": drop_path_rate,
-    }
+    options: dict[str, Any] = {"num_classes": num_classes, "drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
     if depth is not None:
         options["depth"] = depth
     if patch_drop_rate:

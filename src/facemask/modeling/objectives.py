@@ -220,3 +220,31 @@ class FeatureDistillation(Objective):
         distances["feature_pooled"] = cosine_distance(self.pooled_projection(outputs.taught), teacher.pooled)
         losses["loss"] = losses["loss"] + self.weight * torch.stack(list(distances.values())).sum()
         return {**losses, **distances}
+
+
+class ShuffledTeacher(Objective):
+    """A control: the base objective, told of every picture what the teacher said of another one of its class.
+
+    Labels, and how sure and how often wrong the teacher is about a class, stay; what it knows of this very picture is
+    lost. The others are those of the batch (the next one of the same label, where views are mixed of the same larger
+    share); a picture alone in its class keeps its own.
+    """
+
+    needs_teacher = True
+    needs_only_logits = True
+
+    def __init__(self, base: Objective, label_smoothing: float = 0.0) -> None:
+        super().__init__(label_smoothing)
+        base.label_smoothing = label_smoothing
+        self.base = base
+        self.needs_token = base.needs_token
+
+    def heads(self, has_token: bool) -> list[str]:
+        return self.base.heads(has_token)
+
+    def forward(self, outputs: Outputs, target: Tensor, teacher: TeacherOutputs | None) -> dict[str, Tensor]:
+        assert teacher is not None
+        label, said = target.argmax(dim=1), teacher.logits.clone()
+        for rows in (torch.nonzero(label == c)[:, 0] for c in range(target.shape[1])):
+            said[rows] = teacher.logits[rows.roll(-1)]
+        return self.base(outputs, target, TeacherOutputs.of_logits(said))

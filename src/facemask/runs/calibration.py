@@ -141,9 +141,9 @@ def worst_groups(
     """Accuracy of the pictures with each value of each attribute, the lowest first.
 
     Numbers of more than eight values are cut at their quartiles. Values of fewer than `least` pictures are not ranked:
-    they are one row, "fewer than ... each". Intervals: Wilson's where every group is one picture, else a cluster
-    bootstrap. The worst of many looks worse than it is, so `below` says whether its interval, at 5 % divided by the
-    number of rows (Bonferroni), lies below the accuracy of all pictures.
+    they are one row, "fewer than ... each". Intervals: see `accuracy_interval`. The worst of many looks worse than it
+    is, so `below` says whether its interval, at 5 % divided by the number of rows (Bonferroni), lies below the accuracy
+    of all pictures.
 
     Args:
         correct: (N,); groups: what belongs together (N,); attributes: name -> value of each picture (N,), "" unknown.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from facemask.files import write_text
+from facemask.runs.page import render
 
 FOLDER = Path("experiments/cards")
 EPOCHS, BATCHES, RESOLUTIONS = range(1, 101), range(1, 1025), (224, 384)
@@ -147,8 +148,6 @@ def comparison(wrong: tuple[int, int], images: int) -> dict[str, Any]:
 
 def readme(printed: Mapping[str, Mapping[str, str]]) -> str:
     """The derivation in Markdown. Raises ValueError where figures have no explanation, or more than one."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     shown = []
     for name, card in printed.items():
         (test,) = evaluation(card)
@@ -161,9 +160,8 @@ def readme(printed: Mapping[str, Mapping[str, str]]) -> str:
         }
         shown.append((name, card, run._asdict() | more, [t for t in found if not t.model], test._asdict()))
     first, second = (entry[4] for entry in shown)
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    return environment.get_template("cards.md.j2").render(
+    return render(
+        "cards.md.j2",
         cards=shown,
         epochs=EPOCHS[-1],
         batches=BATCHES[-1],

@@ -11,8 +11,8 @@ import pandas as pd
 from facemask.errors import UserError
 from facemask.runs import calibration as of
 from facemask.runs import predictions, report
-from facemask.runs.metrics import reliability, scalar_metrics
-from facemask.runs.page import MUTED, SERIES, Cell, Page, plot
+from facemask.runs.metrics import scalar_metrics
+from facemask.runs.page import SERIES, Cell, Page, plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,11 +27,8 @@ class Cost:
     """What errors cost: a `positive` picture that is missed, and a false alarm."""
 
     positive: str
-    miss: float = 1.0
-    alarm: float = 1.0
-
-    def __str__(self) -> str:
-        return f"missing {self.positive} costs {self.miss:g}, a false {self.positive} {self.alarm:g}"
+    miss: float
+    alarm: float
 
 
 def parse_cost(text: str, positive: str | None, classes: Sequence[str]) -> Cost:
@@ -54,13 +51,15 @@ def parse_cost(text: str, positive: str | None, classes: Sequence[str]) -> Cost:
 
 def calibration_facts(
     frame: pd.DataFrame, classes: Sequence[str], temperatures: Mapping[str, float], resamples: int
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """{split: {head: temperature, ece and nll before and after, aurc, risk at some coverages}}.
+) -> tuple[dict[str, dict[str, dict[str, Any]]], pd.DataFrame]:
+    """{split: {head: temperature, ece, nll and brier before and after, aurc, risk at some coverages}}, and all
+    risk-coverage curves one below the other: split, head, threshold, coverage, risk.
 
     Without a temperature there is no "after". The order of confidences, and with it risk and coverage, is that of
     calibrated probabilities (of raw ones without a temperature).
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
+    curves = []
     for split, part in frame.groupby("split", sort=False):
         labels, groups = of.class_indices(part, classes), part["group"].to_numpy()
         for head in (head for head in HEADS if head in predictions.heads(part)):
@@ -70,29 +69,17 @@ def calibration_facts(
                 if temperature is not None:
                     values = scalar_metrics(logits / temperature, labels, groups, resamples=resamples)
                     facts[name] = {metric: values[metric] for metric in ("ece", "nll", "brier")}
-            confidence, wrong = _decisions(logits, labels, temperatures.get(head))
+            confidence, wrong = (
+                of.softmax(logits, facts["temperature"] or 1).max(axis=1),
+                logits.argmax(axis=1) != labels,
+            )
             facts["aurc"] = of.aurc_interval(confidence, wrong, groups, resamples)
             curve = of.risk_coverage(confidence, wrong)
             at = [curve[curve["coverage"] >= least - 1e-12].head(1) for least in COVERAGES]
             facts["risk_at_coverage"] = pd.concat(at).to_dict("records")
             found.setdefault(str(split), {})[head] = facts
-    return found
-
-
-def _decisions(logits: np.ndarray, labels: np.ndarray, temperature: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Confidence and whether it errs, of every decision."""
-    return of.softmax(logits, temperature or 1.0).max(axis=1), logits.argmax(axis=1) != labels
-
-
-def risk_coverage_table(frame: pd.DataFrame, classes: Sequence[str], temperatures: Mapping[str, float]) -> pd.DataFrame:
-    """The risk-coverage curves of every split and head, one below the other."""
-    curves = []
-    for split, part in frame.groupby("split", sort=False):
-        for head in (head for head in HEADS if head in predictions.heads(part)):
-            logits = predictions.logits(part, head, classes)
-            curve = of.risk_coverage(*_decisions(logits, of.class_indices(part, classes), temperatures.get(head)))
             curves.append(curve.assign(split=split, head=head))
-    return pd.concat(curves, ignore_index=True)[["split", "head", "threshold", "coverage", "risk"]]
+    return found, pd.concat(curves, ignore_index=True)[["split", "head", "threshold", "coverage", "risk"]]
 
 
 def cost_facts(
@@ -108,12 +95,8 @@ def cost_facts(
     facts: dict[str, Any] = {"head": head, "positive": cost.positive, "miss": cost.miss, "false_alarm": cost.alarm}
     if len(set(scores(val)[1])) < 2:
         raise UserError(f"the validation pictures are not both {cost.positive} and something else: no threshold")
-    thresholds = {
-        "chosen": of.cost_threshold(*scores(val), cost.miss, cost.alarm),
-        "by the probabilities alone": cost.alarm / (cost.miss + cost.alarm),
-        "one half": 0.5,
-    }
-    for name, threshold in thresholds.items():
+    best = of.cost_threshold(*scores(val), cost.miss, cost.alarm)
+    for name, threshold in (("chosen", best), ("one half", 0.5)):
         facts[name] = {
             "validation": of.at_threshold(*scores(val), threshold, cost.miss, cost.alarm),
             "evaluated": of.at_threshold(*scores(part), threshold, cost.miss, cost.alarm),
@@ -131,16 +114,16 @@ def build_page(
     numbers: Mapping[str, Any],
     summary: Mapping[str, Any],
     facts: Mapping[str, Any],
+    curves: pd.DataFrame,
     worst: pd.DataFrame,
-    temperatures: Mapping[str, float],
     pictures: Callable[[str], np.ndarray] | None,
-) -> Page:
-    """The page of an evaluation.
+) -> tuple[Page, Page]:
+    """The page of an evaluation, and the part of it that a terminal shows beside `report.terminal_table`.
 
     Args:
         frame: predictions; numbers: what `facemask.runs.metrics.evaluate` made of them.
         summary: the run's, with `test_opened` and `notes` of this evaluation.
-        facts: evaluation.json; worst: what `worst_groups` returned; temperatures: by head, {} without.
+        facts: evaluation.json; curves: see `calibration_facts`; worst: what `worst_groups` returned.
         pictures: gives the pixels of a picture for its id.
     """
     chosen, split = summary["reported_head"], facts["split"]
@@ -149,85 +132,68 @@ def build_page(
     report.results(page, numbers, summary, chosen)
     report.confusion(page, numbers, chosen, classes)
     report.per_class(page, numbers, chosen)
-    _calibration(page, part, split, classes, facts["calibration"][split], temperatures, chosen)
-    _coverage(page, part, classes, facts["calibration"][split], temperatures)
+    first = len(page.blocks)
+    if "drop" in facts:
+        _drop(page, facts["drop"], facts["against"])
+    _calibration(page, part, split, classes, facts["calibration"][split], chosen)
+    _coverage(page, curves[curves["split"] == split], facts["calibration"][split])
     if "cost" in facts:
         _threshold(page, facts["cost"], split)
     _groups(page, worst, numbers[split][chosen]["accuracy"])
+    shown = Page(title, page.lead, page.blocks[first:])
     report.worst(page, frame, chosen, classes, pictures)
     page.heading("Provenance")
     page.code(facts["command"])
-    return page
+    return page, shown
 
 
-def calibration_rows(facts: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the table of calibration, a head each."""
-    columns = ["", "temperature", "ECE before", "ECE after", "NLL before", "NLL after", "AURC"]
-    rows = []
-    for head, entry in facts.items():
-        after = entry.get("after", {})
-        temperature = "–" if entry["temperature"] is None else f"{entry['temperature']:.3f}"
-        pairs = [report.number(part.get(m)) for m in ("ece", "nll") for part in (entry["before"], after)]
-        rows.append([report.title(head, list(facts)), temperature, *pairs, f"{entry['aurc']['value']:.4f}"])
-    return columns, rows
+def _drop(page: Page, drop: Mapping[str, Any], split: str) -> None:
+    page.heading("Drop")
+    rows: list[list[Cell]] = [
+        [
+            report.title(head, list(drop)),
+            *(report.number(entry[m], percent=True) for m in ("accuracy", "balanced_accuracy")),
+        ]
+        for head, entry in drop.items()
+    ]
+    caption = f"points lost from the run's own {split} pictures to these; 95 % intervals of a difference, unpaired"
+    page.table(["", "of accuracy", "of balanced accuracy"], rows, caption)
 
 
 def _calibration(
-    page: Page,
-    part: pd.DataFrame,
-    split: str,
-    classes: Sequence[str],
-    facts: Mapping[str, Any],
-    temperatures: Mapping[str, float],
-    chosen: str,
+    page: Page, part: pd.DataFrame, split: str, classes: Sequence[str], facts: Mapping[str, Any], chosen: str
 ) -> None:
     page.heading("Calibration")
-    columns, rows = calibration_rows(facts)
-    shown: list[list[Cell]] = [[*row[:-1]] for row in rows]  # AURC has a table of its own
-    page.table(columns[:-1], shown, f"{split}; in brackets 95 % intervals", strong=[list(facts).index(chosen)])
-    if temperatures:
-        page.text(
-            "Before: softmax of the logits. After: of the logits divided by one temperature, which was fitted on the "
-            "run's stored validation predictions and on nothing else (Guo et al. 2017). It changes no decision. On the "
-            "validation split itself the figures after are of the pictures that the temperature was fitted on."
-        )
-    else:
+    rows: list[list[Cell]] = []
+    for head, entry in facts.items():
+        temperature = "–" if entry["temperature"] is None else f"{entry['temperature']:.3f}"
+        raw, after = entry["before"], entry.get("after", {})
+        ece = [report.number(part.get("ece")) for part in (raw, after)]
+        nll = [report.number(part.get("nll"), interval=False) for part in (raw, after)]
+        rows.append([report.title(head, list(facts)), temperature, *ece, *nll])
+    page.table(["", "temperature", "ECE before", "ECE after", "NLL before", "NLL after"], rows, split)
+    temperature = facts[chosen]["temperature"]
+    if temperature is None:
         page.note("The run keeps no validation predictions, so no temperature could be fitted.")
+    else:
+        page.text(
+            "The temperature was fitted on the run's stored validation predictions and on nothing else (Guo et al. "
+            "2017). It changes no decision. On the validation split itself the figures after are of the pictures that "
+            "the temperature was fitted on."
+        )
     labels, logits = of.class_indices(part, classes), predictions.logits(part, chosen, classes)
-    lines = {"before": 1.0} | ({"after": temperatures[chosen]} if temperatures else {})
-
-    def draw(figure: "Figure") -> None:
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        top.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
-        for (name, temperature), colour in zip(lines.items(), SERIES, strict=False):
-            bins = reliability(logits / temperature, labels)
-            confidence = [b["confidence"] for b in bins]
-            top.plot(confidence, [b["accuracy"] for b in bins], color=colour, marker="o", markersize=4, label=name)
-            bottom.plot(confidence, [b["count"] / len(part) for b in bins], color=colour, marker="o", markersize=3)
-        top.set(ylabel="accuracy", ylim=(-0.03, 1.03), xlim=(1 / len(classes) - 0.02, 1.02))
-        bottom.set(xlabel="confidence", ylabel="share of pictures", ylim=(-0.05, 1.05))
-        top.legend(loc="lower right")
-
-    page.figure(plot(draw, 5.2, 4.2), f"Reliability on {split}, {report.ROWS.get(chosen, chosen)}, in the ECE's bins.")
+    lines = {"before": (logits, labels)} | ({"after": (logits / temperature, labels)} if temperature else {})
+    caption = f"Reliability on {split}, {report.title(chosen, list(facts))}, in the ECE's bins."
+    page.figure(report.reliability(lines), caption)
 
 
-def _coverage(
-    page: Page,
-    part: pd.DataFrame,
-    classes: Sequence[str],
-    facts: Mapping[str, Any],
-    temperatures: Mapping[str, float],
-) -> None:
+def _coverage(page: Page, curves: pd.DataFrame, facts: Mapping[str, Any]) -> None:
     page.heading("Risk and coverage")
-    labels = of.class_indices(part, classes)
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
-        for head, colour in zip(facts, SERIES, strict=False):
-            curve = of.risk_coverage(
-                *_decisions(predictions.logits(part, head, classes), labels, temperatures.get(head))
-            )
-            name = report.title(head, list(facts))
+        for (head, curve), colour in zip(curves.groupby("head", sort=False), SERIES, strict=False):
+            name = report.title(str(head), list(facts))
             axes.step(100 * curve["coverage"], 100 * curve["risk"], color=colour, where="post", label=name)
         axes.set(xlabel="pictures answered, %", ylabel="errors among them, %", xlim=(0, 100.5))
         axes.set_ylim(bottom=0)
@@ -236,10 +202,12 @@ def _coverage(
     page.figure(plot(draw, 5.8, 3.0), "Errors among the most confident pictures, silent on the others.")
     rows: list[list[Cell]] = []
     for head, entry in facts.items():
-        cells = [f"{100 * at['risk']:.1f} (p ≥ {at['threshold']:.3f})" for at in entry["risk_at_coverage"]]
+        cells = [f"{100 * at['risk']:.1f} ({at['threshold']:.3f})" for at in entry["risk_at_coverage"]]
         rows.append([report.title(head, list(facts)), *cells, report.number(entry["aurc"])])
     columns = ["", *(f"{100 * coverage:.0f} %" for coverage in COVERAGES), "AURC"]
-    page.table(columns, rows, "errors in % where so many pictures are answered, and the threshold that does it")
+    page.table(
+        columns, rows, "errors in % where so many pictures are answered, and the probability from which on they are"
+    )
 
 
 def _threshold(page: Page, facts: Mapping[str, Any], split: str) -> None:
@@ -251,7 +219,7 @@ def _threshold(page: Page, facts: Mapping[str, Any], split: str) -> None:
         f"run's validation predictions; {split} says what it costs elsewhere."
     )
     rows: list[list[Cell]] = []
-    for name in ("chosen", "by the probabilities alone", "one half"):
+    for name in ("chosen", "one half"):
         for where, title in (("validation", "validation"), ("evaluated", split)):
             at = facts[name][where]
             missed, false = f"{at['misses']} of {at['of_positives']}", f"{at['false_alarms']} of {at['of_negatives']}"
@@ -264,10 +232,11 @@ def _groups(page: Page, worst: pd.DataFrame, accuracy: Mapping[str, Any]) -> Non
     page.heading("Worst groups")
     if worst.empty:
         return page.text(f"No attribute has a value of {of.LEAST} pictures, and another value.")
-    rows: list[list[Cell]] = [
-        [row["attribute"], row["value"], row["n"], group_accuracy(row), "yes" if row["below"] else ""]
-        for row in worst.head(SHOWN).to_dict("records")
-    ]
+    rows: list[list[Cell]] = []
+    for row in worst.head(SHOWN).to_dict("records"):
+        entry = {"value": row["accuracy"], "low": row["low"], "high": row["high"]}
+        shown = report.number(entry, percent=True)
+        rows.append([row["attribute"], row["value"], row["n"], shown, "yes" if row["below"] else ""])
     caption = (
         f"the {min(SHOWN, len(worst))} lowest of {len(worst)}; all pictures: {report.number(accuracy, percent=True)}"
     )
@@ -278,8 +247,3 @@ def _groups(page: Page, worst: pd.DataFrame, accuracy: Mapping[str, Any]) -> Non
         f"{of.LEAST} pictures are not ranked, but put together. Numbers are cut at their quartiles. All rows are in "
         "groups.csv."
     )
-
-
-def group_accuracy(row: Mapping[Any, Any]) -> str:
-    """Accuracy of a group in per cent with its interval."""
-    return f"{100 * row['accuracy']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"

@@ -8,7 +8,7 @@ import pandas as pd
 
 from facemask.errors import UserError
 from facemask.files import write_text
-from facemask.runs.page import Page, markdown
+from facemask.runs.page import Page, markdown, text_table
 from facemask.runs.record import Record, all_records, cell, changed_files
 
 if TYPE_CHECKING:
@@ -59,13 +59,7 @@ def update(experiments: Path, readme: Path, check: bool = False) -> list[Path]:
 
 
 def terminal(experiments: Path) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(*HEADER, box=box.SIMPLE_HEAD, caption=NOTE, caption_justify="left")
-    for row in map(_row, sorted(all_records(experiments), key=_order)):
-        table.add_row(*row)
-    return table
+    return text_table(HEADER, [_row(record) for record in sorted(all_records(experiments), key=_order)], NOTE)
 
 
 def _claims(record: Record) -> list[dict[str, Any] | None]:

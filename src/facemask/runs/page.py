@@ -16,6 +16,7 @@ from facemask.files import write_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
+    from rich.table import Table
 
 Cell = str | int | float | bool | None
 
@@ -111,8 +112,44 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
     return ["| " + " | ".join(row) + " |" for row in (columns, ["---", *["---:"] * (len(columns) - 1)], *rows)]
 
 
-def _is_number(text: str) -> bool:
-    return re.match(r"[-+−]?[\d.]", text) is not None
+def render(template: str, **facts: Any) -> str:
+    """A template of this folder or of the package, filled in; what goes into an HTML page is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    html, here = template.endswith(".html.j2"), Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader([here, here.parent]), undefined=StrictUndefined, autoescape=html, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=not html,
+    )  # fmt: skip
+    return environment.get_template(template).render(**facts)
+
+
+def _numbers(rows: Sequence[Sequence[str]]) -> list[bool]:
+    """Whether all cells of a column are numbers, or missing."""
+    width = max((len(row) for row in rows), default=0)
+    filled = [[row[c] for row in rows if c < len(row) and row[c] not in ("–", "")] for c in range(width)]
+    return [bool(texts) and all(re.match(r"[-+−]?[\d.]", text) for text in texts) for texts in filled]
+
+
+def text_table(
+    columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "", strong: Sequence[int] = ()
+) -> "Table":
+    """A table for the terminal, as :meth:`Page.table` takes it; columns of numbers are never broken."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[format_cell(cell) for cell in row] for row in rows]
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_header=bool(columns), caption=caption or None, caption_justify="left"
+    )
+    right = _numbers(cells) or [False] * len(columns)
+    for i, number in enumerate(right):
+        heading = columns[i] if i < len(columns) else ""
+        table.add_column(heading, justify="right" if number and columns else "left", no_wrap=number, overflow="fold")
+    for i, row in enumerate(cells):
+        table.add_row(*map(Text, row), style="bold" if i in strong else None)  # brackets are no markup
+    return table
 
 
 @dataclass
@@ -156,18 +193,22 @@ class Page:
             shade: per cell how strongly its ground is tinted, 0 to 1, None for not at all.
         """
         cells = [[format_cell(cell) for cell in row] for row in rows]
-        width = max((len(row) for row in cells), default=0)
-        filled = [[row[c] for row in cells if c < len(row) and row[c] not in ("–", "")] for c in range(width)]
         block = {
             "kind": "table",
             "columns": list(columns),
             "rows": cells,
             "caption": caption,
-            "right": [bool(columns) and bool(texts) and all(map(_is_number, texts)) for texts in filled],
+            "right": [bool(columns) and number for number in _numbers(cells)],
             "strong": set(strong),
             "shade": [[None if s is None else round(100 * s) for s in row] for row in shade or []],
         }
         self.blocks.append(block)
+
+    def confusion(self, counts: Sequence[Sequence[int]], classes: Sequence[str], caption: str) -> None:
+        """A table of counts (C, C), rows labels and columns decisions, tinted by their share of the row."""
+        rows: list[list[Cell]] = [[name, *row] for name, row in zip(classes, counts, strict=True)]
+        shade = [[None, *(0.45 * n / max(1, sum(row)) for n in row)] for row in counts]
+        self.table(["label ↓  decided →", *classes], rows, caption, shade=shade)
 
     def figure(self, svg: str, caption: str = "") -> None:
         """``svg``: trusted markup, as :func:`plot` makes it."""
@@ -185,18 +226,8 @@ class Page:
         self.blocks.append({"kind": "pictures", "items": shown})
 
     def render(self) -> str:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-        environment = Environment(
-            loader=FileSystemLoader(Path(__file__).parent),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
         contents = [b for b in self.blocks if b["kind"] == "heading" and b["level"] == 2]
-        template = environment.get_template("page.html.j2")
-        return template.render(title=self.title, lead=self.lead, blocks=self.blocks, contents=contents)
+        return render("page.html.j2", title=self.title, lead=self.lead, blocks=self.blocks, contents=contents)
 
     def write(self, path: Path) -> Path:
         """Write the page, whole or not at all."""
@@ -206,26 +237,21 @@ class Page:
 
 def show(page: Page, console: "Console", rows: int | None = None) -> None:
     """Print a page's text and tables, of these at most ``rows`` rows."""
-    from rich import box
     from rich.padding import Padding
-    from rich.table import Table
+    from rich.text import Text
 
-    console.print(f"{page.title}: {page.lead}", style="bold")
+    console.print(Text(f"{page.title}: {page.lead}"), style="bold")
     for block in page.blocks:
         if block["kind"] == "heading":
-            console.print(f"\n{block['text']}", style="bold")
+            console.print(Text(f"\n{block['text']}"), style="bold")
         elif block["kind"] == "note":
-            console.print(Padding(f"! {block['text']}", (0, 0, 0, 2)), style="yellow")
+            console.print(Padding(Text(f"! {block['text']}"), (0, 0, 0, 2)), style="yellow")
         elif block["kind"] == "text":
-            console.print(Padding(block["text"], (0, 0, 0, 2)))
+            console.print(Padding(Text(block["text"]), (0, 0, 0, 2)))
         elif block["kind"] == "table":
-            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=bool(block["columns"]))
-            for name, right in zip(block["columns"] or block["right"], block["right"], strict=True):
-                table.add_column(str(name), justify="right" if right else "left", overflow="fold")
-            for row in block["rows"][:rows]:
-                table.add_row(*row)
+            table = text_table(block["columns"], block["rows"][:rows], strong=block["strong"])
             console.print(Padding(table, (0, 0, 0, 2)))
             if rows is not None and len(block["rows"]) > rows:
                 console.print(Padding(f"and {len(block['rows']) - rows} more on the page", (0, 0, 0, 2)))
             if block["caption"]:
-                console.print(Padding(block["caption"], (0, 0, 1, 2)), style="dim")
+                console.print(Padding(Text(block["caption"]), (0, 0, 1, 2)), style="dim")

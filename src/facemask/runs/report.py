@@ -13,8 +13,9 @@ import pandas as pd
 from facemask.errors import UserError
 from facemask.runs import metrics as metrics_module
 from facemask.runs import predictions
+from facemask.runs.calibration import class_indices
 from facemask.runs.folder import flat
-from facemask.runs.page import MUTED, SERIES, Cell, Page, plot
+from facemask.runs.page import MUTED, SERIES, Cell, Page, plot, text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,26 +72,21 @@ def terminal_table(metrics: Metrics, summary: Mapping[str, Any]) -> "Table":
         metrics: what :func:`facemask.runs.metrics.evaluate` returned.
         summary: of the run; ``reported_head`` marks a row, ``test_opened`` goes into the caption.
     """
-    from rich import box
-    from rich.table import Table
-
     splits = [s for s in ("val", "test") if s in metrics] or list(metrics)[:2]
     last, heads, chosen = splits[-1], _heads(metrics), summary["reported_head"]
     sizes = ", ".join(f"{split} {next(iter(metrics[split].values()))['n']:,}" for split in splits)
     caption = f"accuracy and balanced accuracy in %, 95 % intervals; pictures: {sizes}"
     if summary["test_opened"] is not None:
         caption += f"\ntest opened {_times(summary['test_opened'])}"
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
-    for i, name in enumerate(["", *(f"{split} accuracy" for split in splits), f"{last} balanced", f"{last} NLL"]):
-        table.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
-    for head in heads:
+    rows, strong = [], [i for i, head in enumerate(heads) if head == chosen and len(heads) > 1]
+    for i, head in enumerate(heads):
         entries = [metrics[split].get(head, {}) for split in splits]
         cells = [number(entry.get("accuracy"), percent=True) for entry in entries]
         cells.append(number(entries[-1].get("balanced_accuracy"), percent=True, interval=False))
         cells.append(number(entries[-1].get("nll"), interval=False))
-        marked = head == chosen and len(heads) > 1
-        table.add_row(title(head, heads) + (" *" if marked else ""), *cells, style="bold" if marked else None)
-    return table
+        rows.append([title(head, heads) + (" *" if i in strong else ""), *cells])
+    columns = ["", *(f"{split} accuracy" for split in splits), f"{last} balanced", f"{last} NLL"]
+    return text_table(columns, rows, caption, strong)
 
 
 def _times(count: int) -> str:
@@ -193,36 +189,35 @@ def _curves(page: Page, path: Path) -> None:
 def confusion(page: Page, metrics: Metrics, chosen: str, classes: Sequence[str]) -> None:
     page.heading("Confusion matrix")
     for split, entries in metrics.items():
-        counts = entries[chosen]["confusion"]
-        rows: list[list[Cell]] = [[name, *map(int, row)] for name, row in zip(classes, counts, strict=True)]
-        shade = [[None, *(0.45 * n / max(1, sum(row)) for n in row)] for row in counts]
-        page.table(["label ↓  decided →", *classes], rows, split, shade=shade)
-
-
-def _labels(frame: pd.DataFrame, classes: Sequence[str]) -> np.ndarray:
-    return frame["label"].map({name: i for i, name in enumerate(classes)}).to_numpy(dtype=np.int64)
+        page.confusion(entries[chosen]["confusion"], classes, split)
 
 
 def _reliability(page: Page, frame: pd.DataFrame, chosen: str, classes: Sequence[str]) -> None:
     page.heading("Reliability")
+    parts = {str(split): part for split, part in frame.groupby("split", sort=False)}
+    page.figure(
+        reliability({s: (predictions.logits(p, chosen, classes), class_indices(p, classes)) for s, p in parts.items()}),
+        "Accuracy against mean confidence in each bin of the ECE; below, how many pictures a bin holds. "
+        "Bins with few pictures scatter.",
+    )
+
+
+def reliability(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    """The reliability diagram, as SVG, of named (logits (N, C), labels (N,))."""
 
     def draw(figure: "Figure") -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         top.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
-        for (split, part), colour in zip(frame.groupby("split", sort=False), SERIES, strict=False):
-            bins = metrics_module.reliability(predictions.logits(part, chosen, classes), _labels(part, classes))
+        for (name, (logits, labels)), colour in zip(lines.items(), SERIES, strict=False):
+            bins = metrics_module.reliability(logits, labels)
             confidence = [b["confidence"] for b in bins]
-            top.plot(confidence, [b["accuracy"] for b in bins], color=colour, marker="o", markersize=4, label=split)
-            bottom.plot(confidence, [b["count"] / len(part) for b in bins], color=colour, marker="o", markersize=3)
-        top.set(ylabel="accuracy", ylim=(-0.03, 1.03), xlim=(1 / len(classes) - 0.02, 1.02))
+            top.plot(confidence, [b["accuracy"] for b in bins], color=colour, marker="o", markersize=4, label=name)
+            bottom.plot(confidence, [b["count"] / len(labels) for b in bins], color=colour, marker="o", markersize=3)
+            top.set(ylabel="accuracy", ylim=(-0.03, 1.03), xlim=(1 / logits.shape[1] - 0.02, 1.02))
         bottom.set(xlabel="confidence", ylabel="share of pictures", ylim=(-0.05, 1.05))
         top.legend(loc="lower right")
 
-    page.figure(
-        plot(draw, 5.2, 4.2),
-        "Accuracy against mean confidence in each bin of the ECE; below, how many pictures a bin holds. "
-        "Bins with few pictures scatter.",
-    )
+    return plot(draw, 5.2, 4.2)
 
 
 def per_class(page: Page, metrics: Metrics, chosen: str) -> None:
@@ -235,19 +230,26 @@ def per_class(page: Page, metrics: Metrics, chosen: str) -> None:
     page.table(["split", "class", "precision", "recall", "F1", "support"], rows)
 
 
+def wrong(frame: pd.DataFrame, head: str, classes: Sequence[str]) -> pd.DataFrame:
+    """The pictures that a head decides wrongly, with what it `decided`, `confidence` and `loss`; the worst first."""
+    logits = predictions.logits(frame, head, classes)
+    labels, decided = class_indices(frame, classes), logits.argmax(axis=1)
+    table = frame[["id", "split", "label"]].assign(
+        loss=metrics_module.losses(logits, labels),
+        decided=np.array(classes)[decided],
+        confidence=np.exp(-metrics_module.losses(logits, decided)),
+    )
+    return table[decided != labels].sort_values(["loss", "id"], ascending=[False, True])
+
+
 def worst(page: Page, frame: pd.DataFrame, chosen: str, classes: Sequence[str], pictures: Pictures | None) -> None:
-    logits, labels = predictions.logits(frame, chosen, classes), _labels(frame, classes)
-    decided, losses = logits.argmax(axis=1), metrics_module.losses
-    table = frame[["id", "split", "label"]].assign(loss=losses(logits, labels), decided=np.array(classes)[decided])
-    table["confidence"] = np.exp(-losses(logits, decided))
-    wrong = table[decided != labels].sort_values(["loss", "id"], ascending=[False, True])
+    errors = wrong(frame, chosen, classes)
     page.heading("Worst errors")
     for split in frame["split"].unique():
-        part = wrong[wrong["split"] == split]
+        part = errors[errors["split"] == split]
         page.heading(f"{split}: {len(part):,} of {(frame['split'] == split).sum():,} pictures decided wrongly", 3)
         shown = list(part.head(WORST).itertuples(index=False))
-        thumbnails = [] if pictures is None else _thumbnails(shown, pictures)
-        if thumbnails:
+        if thumbnails := [] if pictures is None else _thumbnails(shown, pictures):
             page.pictures(thumbnails)
         elif shown:
             rows: list[list[Cell]] = [[r.id, r.label, r.decided, f"{r.confidence:.3f}", f"{r.loss:.2f}"] for r in shown]

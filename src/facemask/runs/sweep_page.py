@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
-from rich.table import Table
 
-from facemask.runs.page import MUTED, SERIES, Cell, Page, format_cell, plot
+from facemask.runs.page import MUTED, SERIES, Cell, Page, plot, text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,10 +36,8 @@ def show(study: optuna.Study, folder: Path, console: Console) -> Path:
     params = list(dict.fromkeys(key for trial in trials for key in trial.params))
     columns = ["trial", "state", *names, *params, "seconds", "kills", "reason"]
     rows = [_row(trial, len(names), params) for trial in trials]
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(format_cell(cell) for cell in row), style="bold" if row is rows[0] and best else None)
-    console.print(table)
+    front = len(study.best_trials) if best else 0
+    console.print(text_table(columns, rows, strong=range(front)))
 
     counts = {state: sum(trial.state == state for trial in trials) for state in TrialState}
     said = ", ".join(f"{count} {state.name.lower()}" for state, count in counts.items() if count)
@@ -55,7 +52,6 @@ def show(study: optuna.Study, folder: Path, console: Console) -> Path:
         draw(png, "C0", "0.6")
         png.savefig(folder / f"{name}.png", dpi=150)
 
-    front = len(study.best_trials) if best else 0
     page.heading("Trials")
     page.table(columns, rows, "The best first; a pruned trial has the value it was pruned at.", strong=range(front))
     for index, name in enumerate(names):

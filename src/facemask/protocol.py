@@ -1,0 +1,460 @@
+"""The study of experiments/PROTOCOL.md, from conf/study.yaml: runs in order of importance, each an ordinary train.py in
+runs/<study>/<arm>/<run>; records of them; and experiments/<study>/README.md, made from records alone."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from facemask.config import ROOT, as_plain, check, distills, user_sentence
+from facemask.errors import UserError
+from facemask.files import read_yaml, write_json, write_text
+from facemask.parent import followed
+from facemask.runs import statistics as st
+from facemask.runs.compare import compare
+from facemask.runs.folder import RunFolder
+from facemask.runs.page import markdown
+from facemask.runs.predictions import write_predictions
+from facemask.runs.record import Record, cell, read_record, record
+
+SPEC = ROOT / "conf" / "study.yaml"
+HEADS = {"head": "class head", "head_dist": "distillation head", "mean": "mean head"}
+FLOOR = {"teacher": "teacher", "majority": "majority", "no_pixels": "no pixels"}
+NOTE = (
+    "Accuracy on test in %; in brackets 95 % intervals over folds or seeds (t), of one run over pictures. Bold: the "
+    "reported head. Teacher ≠ label: on the views that the arm was trained on. Arms on different pictures are not "
+    "comparable."
+)
+CONTRASTS = (
+    "Differences of test accuracy in points with 95 % intervals. Recipe: over folds (Nadeau and Bengio's corrected t) "
+    "or over seeds on new pictures; p and detectable (in 80 % of cases, one test at 5 %) are its. Pictures: these "
+    "weights on all out-of-fold predictions; over seeds the recipe on the same pictures. Holm: over all exploratory "
+    "contrasts."
+)
+console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The runs of one record: name -> fold and seed."""
+
+    record: str
+    arm: str
+    tier: str
+    options: list[str]
+    runs: dict[str, tuple[int | None, int]]
+    about: dict[str, Any]
+
+
+def read_study(spec: dict[str, Any], full: bool = False) -> list[Entry]:
+    """All entries, most important first; `full`: with the options of the GPU edition, as another study."""
+
+    def resolve(arm: str) -> tuple[str, list[str]]:
+        about = spec["arms"][arm]
+        base, options = resolve(about["like"]) if "like" in about else (about["base"], [])
+        return base, [*options, *about.get("options", [])]
+
+    found = []
+    for part in spec["runs"]:
+        folds, seeds = part.get("folds", [None]), part.get("seeds", [0])
+        runs = {f"fold{f}_seed{s}" if f is not None else f"seed{s}": (f, s) for f in folds for s in seeds}
+        suffix = "-seeds" if folds == [0] else ""
+        for arm in part["arms"]:
+            base, own = resolve(arm)
+            options = [*spec["bases"][base], *(spec["full"].get(base, []) if full else []), *own]
+            if any(option.startswith("data.split=") for option in own) and folds != [None]:
+                raise UserError(f"{arm} has a split of its own: give it seeds, and no folds")
+            name = f"{_name(spec, full)}-{arm}{suffix}"
+            found.append(Entry(name, arm, part["tier"], options, runs, spec["arms"][arm]))
+    return found
+
+
+def _name(spec: dict[str, Any], full: bool) -> str:
+    return f"{spec['name']}_full" if full else spec["name"]
+
+
+def config(options: Sequence[str]) -> DictConfig:
+    """What options of train.py compose to, checked. Raises UserError where train.py would stop."""
+    try:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("train", list(options))
+        check(cfg)
+    except HydraException as error:
+        raise UserError(f"{' '.join(options)}: {user_sentence(error)}") from error
+    return cfg
+
+
+def matched_smoothing(entropy: float, classes: int) -> float:
+    """The label smoothing whose targets, (1 - s) * one-hot + s / C, have this entropy in nats."""
+    import numpy as np
+    from scipy.optimize import brentq
+    from scipy.special import entr
+
+    def missing(s: float) -> float:
+        return float(entr(np.array([1 - s + s / classes, *[s / classes] * (classes - 1)])).sum()) - entropy
+
+    return float(brentq(missing, 0, 1)) if missing(1 - 1e-6) > 0 else 1 - 1e-6
+
+
+def planned(cfg: DictConfig, runs: Sequence[Any], plan: dict[str, Any], asked: set[str]) -> float:
+    """CPU-hours of runs, named by fold and seed, of one config; a teacher is fitted and asked once for views that
+    several runs share (`asked`), but for its feature maps, which are not kept."""
+    pictures = cfg.data.fraction * (0.7 * cfg.data.num_images if "num_images" in cfg.data else plan["pictures"])
+    epochs, taught, seconds = cfg.trainer.max_epochs, distills(cfg), 0.0
+    for run in runs:
+        each = epochs * plan["student"][cfg.model.img_size]
+        if taught:
+            teacher, said = plan["teacher"][cfg.teacher.img_size], [cfg.data, cfg.augment, cfg.teacher]
+            views = json.dumps([*map(as_plain, said), run], sort_keys=True)
+            each += epochs * teacher if "Feature" in cfg.distill._target_ or views not in asked else 0
+            each += 3 * cfg.teacher.epochs * teacher if cfg.teacher.train != "frozen" and views not in asked else 0
+            asked.add(views)
+        seconds += plan["start"] + pictures * each / 1000
+    return seconds / 3600
+
+
+def spent(folder: Path) -> float | None:
+    """CPU-hours that a finished run trained for, by its own summary; None where it is not finished."""
+    if RunFolder(folder).status().get("state") != "finished":
+        return None
+    threads = RunFolder(folder).provenance()["hardware"]["torch_threads"]
+    return json.loads((folder / "summary.json").read_text())["training"]["train_runtime"] * threads / 3600
+
+
+# -- training ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Driver:
+    """Trains and records what is missing."""
+
+    spec_file: Path
+    full: bool
+    experiments: Path
+    workers: int = 2
+    allow_dirty: bool = False
+
+    def __post_init__(self) -> None:
+        self.spec = read_yaml(self.spec_file)
+        self.name = _name(self.spec, self.full)
+        self.folder = Path("runs") / self.name
+        self.entries = read_study(self.spec, self.full)
+
+    def study(self, data: Path | None, tier: str | None, dry_run: bool = False, tables: bool = False) -> None:
+        """Train, record and compare what is missing; the same command goes on after a kill.
+
+        Args:
+            data: the pictures, for options that name `data.root`.
+            tier: these entries alone.
+            dry_run: print the plan alone.
+            tables: train nothing; tables of the records there are.
+
+        Raises:
+            UserError: uncommitted code, a run that failed, or a list that has changed since its runs were trained.
+        """
+        from facemask.runs.provenance import code_and_versions
+
+        if data is not None:
+            os.environ["FACEMASK_DATA"] = str(data.absolute())
+        entries = [entry for entry in self.entries if tier in (None, entry.tier) and not tables]
+        if entries:
+            self.print_plan(entries)
+        if dry_run:
+            return
+        if entries and not self.allow_dirty and code_and_versions()[0]["git"]["dirty"]:
+            raise UserError("the code has changes that are in no commit: commit them first, or give --allow-dirty")
+        try:
+            for entry in entries:
+                self.entry(entry)
+        finally:
+            console.print(f"written   {write_tables(self.spec, self.full, self.experiments)}")
+
+    def print_plan(self, entries: Sequence[Entry]) -> None:
+        """Runs left, and CPU-hours planned and spent; a run that two records share is counted once."""
+        hours: dict[str, float] = {}
+        done, asked, seen = 0.0, set[str](), set[Path]()
+        for entry in entries:
+            folders = {self.folder / entry.arm / name: at for name, at in entry.runs.items()}
+            folders = {folder: at for folder, at in folders.items() if folder not in seen}
+            seen |= folders.keys()
+            took = [spent(folder) for folder in folders]
+            expected = _planned(entry, list(folders.values()), self.spec["plan"], asked)
+            hours[entry.tier] = hours.get(entry.tier, 0.0) + expected
+            done += sum(hour or 0.0 for hour in took)
+            left = f"{took.count(None)} of {len(took)} runs left"
+            console.print(f"plan      {entry.tier:9s} {entry.record:32s} {left}, {expected:5.2f} CPU-hours")
+        console.print("planned   " + ", ".join(f"{tier} {hour:.1f}" for tier, hour in hours.items()) + " CPU-hours")
+        console.print(f"spent     {done:.1f} CPU-hours of training in the runs that are finished")
+
+    def entry(self, entry: Entry) -> None:
+        """Train an entry's missing runs, a few at a time, and record it."""
+        folders = {self.folder / entry.arm / name: at for name, at in entry.runs.items()}
+        missing = [folder for folder in folders if spent(folder) is None]
+        options = [*entry.options, *self.found(entry, bool(missing))]
+        cfg = config(options)
+        for folder, (fold, seed) in folders.items():
+            if folder not in missing:  # raises where the list has changed since
+                OmegaConf.update(cfg, "seed", seed)
+                OmegaConf.update(cfg, "data.fold", fold)
+                RunFolder(folder).resume(as_plain(cfg))
+        with ThreadPoolExecutor(self.workers) as pool:
+            list(pool.map(lambda folder: self.train(folder, options, *folders[folder]), missing))
+        self.record(entry, list(folders))
+
+    def train(self, folder: Path, options: Sequence[str], fold: int | None, seed: int) -> None:
+        own = [f"seed={seed}", *([] if fold is None else [f"data.fold={fold}"]), f"run_dir={folder}", "resume=true"]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.parent / f"{folder.name}.log"
+        console.print(f"train     {folder}")
+        with log.open("ab") as file:
+            code = _run([str(ROOT / "train.py"), *options, *own], stdout=file, stderr=subprocess.STDOUT)
+        if code != 0:
+            raise UserError(f"{folder} was not trained (exit code {code}, see {log}): the same command goes on from it")
+        console.print(f"finished  {folder}, {60 * (spent(folder) or 0):.1f} CPU-minutes")
+
+    def found(self, entry: Entry, missing: bool) -> list[str]:
+        """Options that earlier runs tell: an arm's own best ones, and a smoothing matched to a teacher."""
+        if like := entry.about.get("smooth_as"):
+            runs = read_record(self.experiments / f"{self.name}-{like}").info["runs"].values()
+            entropy = sum(run["teacher"]["teacher_entropy"] for run in runs) / len(runs)
+            return [f"optim.label_smoothing={matched_smoothing(entropy, 2):.6f}"]
+        if (search := entry.about.get("sweep")) is None:
+            return []
+        from facemask.runs.sweep_page import ranked
+        from facemask.study import open_study
+
+        name, folder = f"{self.name}_{entry.arm}", self.folder / "sweeps" / entry.arm
+        if missing:
+            own = [option for option in entry.options if not option.startswith("evaluate.splits=")]
+            own += ["data.fold=0"] if any(fold == 0 for fold, _ in entry.runs.values()) else []
+            own += [*search.get("space", []), *search.get("options", [])]
+            # in a sweep's config ${data.root} would stand for something of its own
+            own = [option.replace("${data.root}", os.environ.get("FACEMASK_DATA", "")) for option in own]
+            place = [f"sweep.name={name}", f"sweep.folder={folder}", f"sweep.trials={search['trials']}"]
+            code = _run([str(ROOT / "sweep.py"), "sweep=study", f"n_workers={self.workers}", *place, *own])
+            if code != 0:
+                raise UserError(f"the sweep in {folder} ended with exit code {code}: the same command goes on from it")
+        best = ranked(open_study(name, f"sqlite:///{folder}/study.db"))[0]
+        return [f"{key}={value}" for key, value in best.params.items()]
+
+    def record(self, entry: Entry, folders: Sequence[Path]) -> None:
+        """Write the entry's record, unless there is one of these very runs."""
+        from facemask.data.splits import fingerprint
+
+        target = self.experiments / entry.record
+        if not (target / "record.json").exists():
+            selection = "Tuned on validation: see PROTOCOL.md." if "sweep" in entry.about else ""
+            record(folders, entry.record, self.experiments, fingerprint, self.allow_dirty, selection)
+            console.print(f"recorded  {target}")
+        weights = {json.loads((folder / "summary.json").read_text())["weights_sha256"] for folder in folders}
+        if weights != {run["weights_sha256"] for run in read_record(target).info["runs"].values()}:
+            raise UserError(f"{target} is of other runs than those in {folders[0].parent}: remove one of the two")
+        self.small_pictures(folders)
+
+    def small_pictures(self, folders: Sequence[Path]) -> None:
+        """Keep the test accuracy of a forest that sees 32 x 32 pixels, for the pictures of every run."""
+        from facemask.audit import shortcut_predictions
+        from facemask.config import read_config
+        from facemask.evaluate import build_data
+        from facemask.runs.metrics import evaluate
+
+        file = self.experiments / self.name / "pixels32.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        for folder in folders:
+            fingerprint = RunFolder(folder).provenance()["fingerprint"]
+            if fingerprint not in known:
+                data = build_data(read_config(folder / "config.yaml")["data"])
+                data.prepare(["test"])
+                numbers = evaluate(shortcut_predictions(data, 0.0), data.classes, resamples=100)
+                known[fingerprint] = numbers["test"]["pixels"]["accuracy"]["value"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, known)
+
+
+def _run(command: Sequence[str], **streams: Any) -> int:
+    environment = {**os.environ, **followed()}
+    return subprocess.run(
+        [sys.executable, *command], stdin=subprocess.DEVNULL, env=environment, check=False, **streams
+    ).returncode
+
+
+def _planned(entry: Entry, runs: Sequence[Any], plan: dict[str, Any], asked: set[str]) -> float:
+    if "minutes" in entry.about:
+        return entry.about["minutes"] * len(runs) / 60
+    hours = planned(config(entry.options), runs, plan, asked) if runs else 0.0
+    if search := entry.about.get("sweep"):  # whose trials all have the views of one run
+        views = [next(iter(entry.runs.values()))] * search["trials"]
+        hours += planned(config([*entry.options, *search.get("options", [])]), views, plan, asked)
+    return hours
+
+
+# -- tables, from records alone ---------------------------------------------------------------------------------
+
+
+def contrast(reference: Record, arm: Record) -> dict[str, Any]:
+    """What `compare` says of two records: `recipe` (over folds; over seeds, on new pictures), and `pictures` (these
+    weights on the out-of-fold predictions of all pictures; over seeds on the same pictures)."""
+    heads = [part.info["reported_head"] for part in (reference, arm)]
+    over = compare([reference.path, arm.path], "accuracy", heads)["recipe"]
+    if over[-1]["over"] == "seeds":
+        return {"recipe": over[-1], "pictures": over[0]}
+    with tempfile.TemporaryDirectory() as scratch:
+        files = [Path(scratch) / f"{number}.parquet" for number in (0, 1)]
+        for part, file in zip((reference, arm), files, strict=True):
+            write_predictions(file, *out_of_fold(part))
+        return {"recipe": over[-1], "pictures": compare(files, "accuracy", heads, "test")["weights"][0]}
+
+
+def out_of_fold(part: Record) -> tuple[pd.DataFrame, list[str]]:
+    """The test predictions of all folds of a record as one table: every picture once."""
+    tables = [part.predictions(run) for run in part.runs]
+    frame = pd.concat([table for table, _ in tables], ignore_index=True)
+    return frame[frame["split"] == "test"].reset_index(drop=True), tables[0][1]
+
+
+def write_tables(spec: dict[str, Any], full: bool, experiments: Path) -> Path:
+    """Write experiments/<study>/README.md and contrasts.json from the records of a study; returns the former."""
+    name, every = _name(spec, full), read_study(spec, full)
+    there = [entry for entry in every if (experiments / entry.record / "record.json").exists()]
+    records = {entry.record.removeprefix(f"{name}-"): read_record(experiments / entry.record) for entry in there}
+    folder = experiments / name
+    folder.mkdir(parents=True, exist_ok=True)
+    small = json.loads((folder / "pixels32.json").read_text()) if (folder / "pixels32.json").exists() else {}
+    wanted = [c for c in spec["contrasts"] if c["arm"] in records and c["reference"] in records]
+    rows = [{**c, **contrast(records[c["reference"]], records[c["arm"]])} for c in wanted]
+    family = [row for row in rows if row["kind"] == "exploratory"]
+    for row, p in zip(family, st.holm([row["recipe"]["p"] for row in family]), strict=True):
+        row["p_holm"] = p
+    trained = {
+        (run["weights_sha256"], run["command"]): run for r in records.values() for run in r.info["runs"].values()
+    }
+    hours = sum(map(_hours, trained.values()))
+    left = ", ".join(entry.record.removeprefix(f"{name}-") for entry in every if entry not in there)
+    lines = [
+        f"# {name}",
+        "",
+        "Written by `facemask study` from the records beside it; nothing here is typed by hand. What was asked, and "
+        "why so: [PROTOCOL.md](../PROTOCOL.md). Arms of the ablation are trained short and equal, so under-trained.",
+        "",
+        *(f"- {sentence}" for sentence in _findings(spec, rows, records)),
+        f"- Training took {hours:.1f} CPU-hours in {len(trained)} runs. Left out so far: {left or 'nothing'}.",
+        "",
+        "## Contrasts",
+        "",
+        *markdown(
+            ["arm - reference", "asks", "n", "recipe", "p", "p Holm", "detectable", "pictures"], list(map(_line, rows))
+        ),
+        "",
+        CONTRASTS,
+        "",
+        "## Arms",
+        "",
+        *markdown(
+            ["", *HEADS.values(), *FLOOR.values(), "32×32", "teacher ≠ label", "n", "CPU-hours"],
+            [_arm(label, part, small) for label, part in records.items()],
+        ),
+        "",
+        NOTE,
+        "",
+    ]
+    for number, wanted_curves in enumerate(spec.get("curves", [])):
+        drawn = [entry.record for entry in there if entry.record.removeprefix(f"{name}-") in wanted_curves]
+        if drawn:
+            write_text(folder / f"curves{number}.svg", _curves(experiments, drawn))
+            lines += [f"![Validation accuracy by epoch](curves{number}.svg)", ""]
+    for row in rows:  # the pictures that a contrast decides differently are in the records
+        row["pictures"] = {key: value for key, value in row["pictures"].items() if key not in ("disagree", "lost")}
+    write_json(folder / "contrasts.json", json.loads(json.dumps(rows), parse_constant=lambda _: None))
+    write_text(folder / "README.md", "\n".join(lines))
+    return folder / "README.md"
+
+
+def _hours(run: dict[str, Any]) -> float:
+    return run["training"]["train_runtime"] * run["hardware"]["torch_threads"] / 3600
+
+
+def _findings(spec: dict[str, Any], rows: Sequence[dict[str, Any]], records: dict[str, Record]) -> list[str]:
+    """What the primary contrast and the controls say, by the rules of the protocol."""
+    found = []
+    for row in rows:
+        over, shown = row["recipe"], row["recipe"]["p"] <= st.LEVEL
+        what = f"{row['question'].capitalize()}: {row['arm']} - {row['reference']} is {_points(over)} points"
+        could = f"one of {100 * over['detectable']:.1f} points would have been, in 80 % of cases"
+        if row["kind"] == "control":
+            verdict = (
+                "shown, so the method sees gains"
+                if shown and over["difference"] > 0
+                else "NOT shown: no other null counts"
+            )
+        elif not shown:
+            verdict = f"no difference shown; {could}"
+        else:
+            large = abs(over["difference"]) >= spec["worth"]
+            verdict = "a difference worth claiming" if large else "a difference too small to be claimed"
+        if row["kind"] != "exploratory":
+            found.append(f"{row['kind'].capitalize()}. {what}: {verdict}.")
+    if all(name in records for name in spec.get("same_weights", [])):
+        one, other = ([run["weights_sha256"] for run in records[n].info["runs"].values()] for n in spec["same_weights"])
+        alike = set(one) <= set(other)
+        names = " and ".join(spec["same_weights"])
+        found.append(f"Negative control. {names} have {'the same weights, bit for bit' if alike else 'OTHER weights'}.")
+    return found
+
+
+def _points(row: dict[str, Any]) -> str:
+    return f"{100 * row['difference']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]"
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    over = row["recipe"]
+    p = [f"{value:.2g}" if value is not None else "" for value in (over["p"], row.get("p_holm"))]
+    many = f"{over['runs']} {over['over']}"
+    names = f"{row['arm']} - {row['reference']}"
+    return [
+        names,
+        row["question"],
+        many,
+        _points(over),
+        *p,
+        f"{100 * over['detectable']:.2f}",
+        _points(row["pictures"]),
+    ]
+
+
+def _arm(label: str, part: Record, small: dict[str, float]) -> list[str]:
+    claims, runs = {claim["claim"]: claim for claim in part.claims}, part.info["runs"].values()
+    cells = [cell(claims.get(f"test/{head}/accuracy"), "accuracy") for head in (*HEADS, *FLOOR)]
+    reported = list(HEADS).index(part.info["reported_head"])
+    cells[reported] = f"**{cells[reported]}**"
+    pixels = [100 * small[run["fingerprint"]] for run in runs if run["fingerprint"] in small]
+    differs = claims.get("train/teacher_label_disagreement")
+    return [
+        f"[{label}](../{part.path.name}/README.md)",
+        *cells,
+        f"{sum(pixels) / len(pixels):.1f}" if pixels else "–",
+        f"{100 * differs['value']:.2f} %" if differs else "–",
+        f"{len(part.runs)} {part.info['over']}s" if part.info["over"] else "1 run",
+        f"{sum(map(_hours, runs)):.2f}",
+    ]
+
+
+def _curves(experiments: Path, names: Sequence[str]) -> str:
+    from functools import partial
+
+    from facemask.dashboard import arms_of, curves
+    from facemask.runs.page import SERIES, plot, standalone
+
+    arms = [arm for arm in arms_of(experiments) if arm.name in names]
+    return standalone(plot(partial(curves, arms, "val/accuracy", SERIES)))

@@ -1,0 +1,196 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from facemask.config import as_plain
+from facemask.errors import UserError
+from facemask.files import read_yaml
+from facemask.protocol import SPEC, Driver, config, matched_smoothing, planned, read_study
+from facemask.runs.compare import compare
+from facemask.runs.folder import flat
+from facemask.runs.record import config_differences, read_record
+
+# Where the arms of a contrast differ, if not in what they are taught alone.
+OTHERWISE = {
+    ("deit_token_labels", "deit_plain"): {"model"},
+    ("vit_token_labels", "vit_plain"): {"model"},
+    ("deit_token_soft", "deit_logit"): {"distill", "model"},
+    ("vit_plain", "deit_plain"): {"model", "recipe", "optim", "augment", "trainer"},
+    ("hard_scratch-seeds", "deit_token_hard-seeds"): {"teacher"},
+    ("hard_crossfit-seeds", "deit_token_hard-seeds"): {"teacher"},
+}
+
+
+@pytest.fixture(scope="module")
+def spec() -> dict[str, Any]:
+    return read_yaml(SPEC)
+
+
+@pytest.fixture(scope="module")
+def configs(spec) -> dict[str, dict[str, Any]]:
+    """Every entry of the study, composed and checked."""
+    os.environ.setdefault("FACEMASK_DATA", "/data")
+    arms: dict[str, dict[str, Any]] = {}
+    for entry in read_study(spec):
+        if entry.arm not in arms:
+            arms[entry.arm] = as_plain(config([*entry.options, "run_dir=runs/one", "name=one"]))
+    return {entry.record.removeprefix("study-"): arms[entry.arm] for entry in read_study(spec)}
+
+
+def test_arms_differ_only_where_the_protocol_says(spec, configs):
+    for pair in spec["contrasts"]:
+        arm, reference = pair["arm"], pair["reference"]
+        keys = config_differences(configs[arm], configs[reference])
+        groups = {key.split(".")[0] for key in keys} - {"model_name"}
+        expected = OTHERWISE.get((arm, reference), {"distill", "teacher"} if "scratch" in arm else {"distill"})
+        assert groups == expected, pair
+    one, other = (configs[name] for name in spec["same_weights"])
+    assert config_differences(one, other) == ["model.name", "model_name"]
+    recipes = {flat(configs[name])["optim.weight_decay"] for name in ("vit_token_hard", "vit_plain")}
+    assert recipes == {0.3}
+
+
+def test_one_budget_for_the_ablation_and_one_for_best(spec, configs):
+    budget = {
+        (c["model"]["img_size"], c["trainer"]["max_epochs"], c["data"]["fraction"], c["data"]["batch_size"])
+        for name, c in configs.items()
+        if not name.startswith(("best", "hybrid", "positive"))
+    }
+    (short,) = (epochs for _, epochs, fraction, _ in budget if fraction == 1)
+    assert {(e / short, f) for _, e, f, _ in budget} == {(1, 1.0), (2, 0.25), (4, 0.1)}
+    assert (
+        len({flat(configs[n])["trainer.max_epochs"] for n in ("best_distilled", "best_labels", "best_labels_timm")})
+        == 1
+    )
+    sweeps = {name: arm["sweep"]["trials"] for name, arm in spec["arms"].items() if "sweep" in arm}
+    assert sweeps["tuned_hard"] == sweeps["tuned_labels"]
+    assert sweeps["best_distilled"] == sweeps["best_labels"]
+
+
+def test_what_is_opened_and_on_how_many_folds_and_seeds(spec):
+    entries = {entry.record.removeprefix("study-"): entry for entry in read_study(spec)}
+    assert next(iter(entries)) == "deit_token_hard"
+    assert list(entries["deit_token_hard"].runs.values()) == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0)]
+    assert entries["deit_token_labels-seeds"].runs == {f"fold0_seed{s}": (0, s) for s in (0, 1, 2)}
+    assert entries["best_distilled"].runs == {f"seed{s}": (None, s) for s in (0, 1, 2)}
+    assert {entry.record[:11] for entry in read_study(spec, full=True)} == {"study_full-"}
+    for number in ("10", "25"):
+        assert sum(name.endswith(f"_{number}-seeds") for name in entries) == 7
+
+
+def test_a_split_and_folds_are_refused(spec):
+    wrong = {**spec, "runs": [{"tier": "ablation", "arms": ["naive_hard"], "folds": [0]}]}
+    with pytest.raises(UserError, match="naive_hard has a split of its own: give it seeds, and no folds"):
+        read_study(wrong)
+
+
+def test_smoothing_of_an_entropy_by_hand():
+    assert matched_smoothing(-(0.95 * math.log(0.95) + 0.05 * math.log(0.05)), 2) == pytest.approx(0.1)
+    assert matched_smoothing(-(0.8 * math.log(0.8) + 0.2 * math.log(0.1)), 3) == pytest.approx(0.3)
+    assert matched_smoothing(math.log(2), 2) < 1  # what optim.label_smoothing may be
+    assert matched_smoothing(0.0, 2) == 0
+
+
+def test_planned_hours_by_hand(spec):
+    options = [*spec["bases"]["drawn"], "model.img_size=64", "trainer.max_epochs=10"]
+    plan = {"student": {64: 4.0}, "teacher": {64: 3.0}, "pictures": 1, "start": 20}
+    asked: set[str] = set()
+    labels = 3 * (20 + 10 * 2100 * 0.004) / 3600
+    runs = [(None, 0), (None, 1), (None, 2)]
+    assert planned(config([*options, "distill=none"]), runs, plan, asked) == pytest.approx(labels)
+    assert planned(config([*options, "distill=hard"]), runs, plan, asked) == pytest.approx(labels + 3 * 63 / 3600)
+    assert planned(config([*options, "distill=soft"]), runs, plan, asked) == pytest.approx(
+        labels
+    )  # its answers are kept
+
+
+MINI: dict[str, Any] = {
+    "name": "mini",
+    "bases": {
+        "drawn": [
+            "data=synthetic", "data.num_images=160", "data.folds=2", "data.batch_size=16", "model=deit_distilled",
+            "model.img_size=32", "model.depth=1", "teacher=resnet_small", "teacher.epochs=1", "trainer.max_epochs=1",
+            "trainer.accelerator=cpu", "trainer.devices=1", "evaluate.splits=[test]", "evaluate.resamples=100",
+            "logger=none", "threads=1",
+        ]
+    },
+    "full": {},
+    "arms": {
+        "hard": {"base": "drawn", "options": ["distill=hard"]},
+        "labels": {"base": "drawn", "options": ["distill=none"]},
+    },
+    "runs": [{"tier": "ablation", "arms": ["hard", "labels"], "folds": [0, 1]}],
+    "contrasts": [{"kind": "primary", "arm": "hard", "reference": "labels", "question": "does the teacher help"}],
+    "same_weights": ["hard", "labels"],
+    "worth": 0.01,
+    "curves": [["hard", "labels"]],
+    "plan": {"student": {32: 1.0}, "teacher": {32: 1.0}, "pictures": 1, "start": 5},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_and_its_tables_are_compares_own_figures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec_file = tmp_path / "mini.yaml"
+    spec_file.write_text(yaml.safe_dump(MINI))
+    environment = {**os.environ, "FACEMASK_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "none"]):  # whatever state the code is in
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *arguments], cwd=tmp_path, check=True)
+    environment |= {"GIT_DIR": str(tmp_path / ".git"), "GIT_WORK_TREE": str(tmp_path)}
+    command = [sys.executable, "-c", "from facemask.cli import main; main()", "study", "--spec", str(spec_file)]
+    command += ["--workers", "1"]
+    runs = tmp_path / "runs" / "mini"
+
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (runs / "hard" / "fold1_seed0" / "config.yaml").exists():  # the second run has begun
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    finished = runs / "hard" / "fold0_seed0"
+    assert json.loads((finished / "status.json").read_text())["state"] == "finished"
+    before = {file: file.stat().st_mtime_ns for file in (finished / "status.json", runs / "hard" / "fold0_seed0.log")}
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    trained = [line.split("/")[-2:] for line in done.stdout.splitlines() if line.startswith("train ")]
+    assert trained == [["hard", "fold1_seed0"], ["labels", "fold0_seed0"], ["labels", "fold1_seed0"]]
+    assert "3 of 4 runs left" not in done.stdout  # each entry counts its own
+    assert "1 of 2 runs left" in done.stdout
+
+    table = (tmp_path / "experiments" / "mini" / "README.md").read_text()
+    (row,) = json.loads((tmp_path / "experiments" / "mini" / "contrasts.json").read_text())
+    records = [tmp_path / "experiments" / f"mini-{arm}" for arm in ("labels", "hard")]
+    own = compare(records)["recipe"][-1]
+    assert row["recipe"] == json.loads(json.dumps(own))
+    assert own["over"] == "folds"
+    assert f"| hard - labels | does the teacher help | 2 folds | {100 * own['difference']:+.2f} [" in table
+    assert row["pictures"]["n"] == 160  # every picture once
+    per_fold = [read_record(path) for path in records]
+    right = [
+        sum(r.metrics(run)["test"]["mean"]["accuracy"]["value"] * r.metrics(run)["test"]["mean"]["n"] for run in r.runs)
+        for r in per_fold
+    ]
+    assert row["pictures"]["difference"] == pytest.approx((right[1] - right[0]) / 160)
+    assert "Negative control. hard and labels have OTHER weights." in table
+    assert "Left out so far: nothing." in table
+
+    again = subprocess.run([*command, "--dry-run"], env=environment, capture_output=True, text=True, check=True)
+    assert again.stdout.count("0 of 2 runs left") == 2
+    changed = {**MINI, "arms": {**MINI["arms"], "hard": {"base": "drawn", "options": ["distill=soft"]}}}
+    spec_file.write_text(yaml.safe_dump(changed))
+    monkeypatch.setenv("FACEMASK_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="holds a run of another config"):
+        Driver(spec_file, False, Path("experiments"), 1, True).study(None, None)
