@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from facemask.data.duplicates import SIDE, components, find_pairs, thumbnail
-from facemask.data.geometry import candidates, confirm, join
+from facemask.data.geometry import candidates, group
 from facemask.data.images import MAX_PIXELS, BadImage, decode, read_header
 from facemask.errors import UserError
 
 # Raised whenever what is kept of a picture, or how pictures are grouped, changes: older files are made anew.
-STORE_VERSION = 2
+STORE_VERSION = 3
 _KEPT = ["sha256", "pixels_sha256", "width", "height", "format", "phash", "problem"]
 MANIFEST_COLUMNS = ["path", "label", "bytes", "mtime_ns", *_KEPT[:-1], "dup_group", "problem"]
 # uint8 pictures (H, W, 3) -> float32 (N, D)
@@ -201,18 +201,17 @@ def _groups(
     with Progress(console=Console(stderr=True), transient=True, disable=not progress or len(pictures) < 100) as bar:
         task = bar.add_task("comparing pictures", total=1.0)
         pairs = find_pairs(thumbs, progress=lambda share: bar.update(task, completed=share))
+        number_of = components(len(pictures), pairs)
         if thorough:
             assert embed is not None, "stage 2 needs embeddings"
             bar.update(task, description="comparing keypoints", completed=0.0)
             likely = candidates(_embeddings(database, pictures["path"].tolist(), read, max_pixels, embed, progress))
-            sure, maybe = confirm(
+            number_of = group(
+                number_of,
                 likely,
                 lambda row: decode(read(pictures["path"].iloc[row]), max_pixels),
                 lambda share: bar.update(task, completed=share),
             )
-            number_of = join(len(pictures), np.concatenate([pairs, sure]), maybe)
-        else:
-            number_of = components(len(pictures), pairs)
     good = known["problem"] == ""
     component = pd.Series(alone, dtype=object)
     component[good] = number_of[number[known.loc[good, "pixels_sha256"]].to_numpy()].astype(str)
