@@ -365,7 +365,7 @@ def bench_train(
     root: Pictures = None,
     at: Annotated[list[str] | None, Option(metavar="SIZE/PIXELS", help="Such as tiny/224; again for more.")] = None,
     batch: Batch = 32,
-    precision: Annotated[str | None, Option(help="bf16 or fp32; as train.py chooses, unless given.")] = None,
+    precision: Annotated[Literal["bf16", "fp32"] | None, Option(help="As train.py chooses, unless given.")] = None,
     rounds: Rounds = 7,
     steps: Steps = 4,
     out: BenchOut = EXPERIMENTS,
@@ -377,8 +377,6 @@ def bench_train(
     for case in cases:
         if not re.fullmatch(r"(tiny|small|base)/[1-9]\d*", case):
             raise UserError(f"--at {case}: give tiny, small or base, a slash and pixels, such as tiny/224")
-    if precision not in (None, "bf16", "fp32"):
-        raise UserError(f"--precision {precision} must be bf16 or fp32")
     _written(run_bench(root, cases, batch, precision, rounds, steps, out))
 
 

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
+from optim_config import OPTIM
 from PIL import Image
 
 from facemask.data.datamodule import FolderData
@@ -53,15 +54,7 @@ def classifier(objective="none", name=DISTILLED, seed=0, dims=None, drop_path=0.
             **model,
         },
         objective=OBJECTIVES[objective] if isinstance(objective, str) else objective,
-        optim={
-            "lr": 1e-3,
-            "lr_batch_size": 8,
-            "weight_decay": 0.05,
-            "layer_decay": 1.0,
-            "label_smoothing": 0.1,
-            "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True},
-            "scheduler": {"_target_": "facemask.modeling.optim.warmup_cosine", "_partial_": True},
-        },
+        optim=OPTIM,
         classes=CLASSES,
         seed=seed,
         global_batch=8,

@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import timm
 import torch
+from optim_config import OPTIM
 
 from facemask.data.datamodule import SyntheticData
 from facemask.data.transforms import Augmentation
@@ -187,15 +188,7 @@ def fit(folder: Path, cache: Path, *, ask: bool = True, save: bool = True, epoch
             "depth": 2,
         },
         objective={"_target_": "facemask.modeling.objectives.SoftDistillation", "alpha": 0.5, "tau": 2.0},
-        optim={
-            "lr": 1e-3,
-            "lr_batch_size": 8,
-            "weight_decay": 0.05,
-            "layer_decay": 1.0,
-            "label_smoothing": 0.1,
-            "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True},
-            "scheduler": {"_target_": "facemask.modeling.optim.warmup_cosine", "_partial_": True},
-        },
+        optim=OPTIM,
         classes=data.classes,
         seed=0,
         global_batch=8,
