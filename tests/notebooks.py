@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jupytext
@@ -22,9 +23,10 @@ FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 def run(script: Path) -> Any:
     """The notebook of a percent script, executed in the repository's root, with nothing of this machine in it."""
     book = jupytext.read(script)
-    kernels = AsyncKernelManager(transport="ipc")  # no port that others could reach
     where = {"metadata": {"path": str(FOLDER.parent)}}
-    NotebookClient(book, kernels, timeout=1800, coalesce_streams=True, resources=where).execute()
+    with TemporaryDirectory() as sockets:  # no port that others could reach
+        kernels = AsyncKernelManager(transport="ipc", ip=f"{sockets}/kernel")
+        NotebookClient(book, kernels, timeout=1800, coalesce_streams=True, resources=where).execute()
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     book.metadata = {"jupytext": {"formats": "ipynb,py:percent"}, "kernelspec": kernel}
     for number, cell in enumerate(book.cells):

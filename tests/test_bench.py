@@ -2,6 +2,8 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from facemask import bench, bench_data, bench_train
+from facemask import bench, bench_data, bench_sweep, bench_train
 from facemask.bench import machine_kind, pairs, rates, ratio
 from facemask.bench_data import AUGMENTS
 from facemask.bench_train import Loop, Loops, parts_of_a_step
@@ -185,6 +187,28 @@ def test_what_bench_train_refuses() -> None:
     precision = CliRunner().invoke(app, ["bench", "train", "--precision", "int8"])
     assert precision.exit_code == 2
     assert "'int8' is not one of" in precision.output
+
+
+def test_bench_sweep_asks_two_cold_runs_and_one_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        asked.append(command)
+        return SimpleNamespace(returncode=0)
+
+    ticks = iter([0.0, 100.0, 100.0, 400.0, 400.0, 520.0])  # 100 s, 300 s for 10 trials, 120 s
+    monkeypatch.setattr(bench_sweep, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(bench_sweep, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    file = bench_sweep.bench_sweep(None, 10, 8, 64, 2, tmp_path)
+    found = json.loads(file.read_text())["sweep / naive loop"]
+    assert found["ratio"] == pytest.approx(110 / 30)
+    assert (found["lowest"], found["highest"]) == pytest.approx((100 / 30, 120 / 30))
+    assert found["trials_per_hour"] == pytest.approx(120)
+    scripts = [Path(command[1]).name for command in asked]
+    assert scripts == ["train.py", "sweep.py", "train.py"]
+    caches = {option for command in asked for option in command if option.startswith("cache_dir=")}
+    assert len(caches) == 3  # nothing is shared
+    assert "sweep.trials=10" in asked[1]
 
 
 @pytest.mark.slow

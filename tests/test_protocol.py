@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,24 @@ MINI: dict[str, Any] = {
     "curves": [["hard", "labels"]],
     "plan": {"student": {32: 1.0}, "teacher": {32: 1.0}, "pictures": 1, "start": 5},
 }  # fmt: skip
+
+
+def test_no_worker_waits_for_the_last_run_of_an_entry(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec_file = tmp_path / "mini.yaml"
+    runs = [{"tier": "ablation", "arms": [arm], "seeds": [0]} for arm in ("hard", "labels", "hard")]
+    spec_file.write_text(yaml.safe_dump({**MINI, "runs": runs}))
+    together, trained, recorded = threading.Barrier(2), list[str](), list[str]()
+
+    def train(driver: Driver, folder: Path, *_: Any) -> None:
+        together.wait(30)  # raises where the other arm is not trained at the same time
+        trained.append(folder.parent.name)
+
+    monkeypatch.setattr(Driver, "train", train)
+    monkeypatch.setattr(Driver, "record", lambda driver, entry, folders: recorded.append(entry.arm))
+    Driver(spec_file, False, tmp_path / "experiments", 2, True).study(None, None)
+    assert sorted(trained) == ["hard", "labels"]  # two records share a run
+    assert recorded == ["hard", "labels", "hard"]
 
 
 @pytest.mark.slow

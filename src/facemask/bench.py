@@ -3,6 +3,7 @@
 import os
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from facemask.runs.provenance import collect
 
 LIBRARIES = {"torch", "torchvision", "timm", "albumentations", "opencv-python-headless", "pillow", "numpy", "facemask"}
 LIBRARIES |= {"faiss-cpu", "imagehash", "pytorch-lightning", "transformers", "accelerate"}
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def in_turn(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -69,7 +70,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> N
     """Print a table whose first column holds names and whose others hold figures."""
     table = Table(title=title)
     for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == columns[0] else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)

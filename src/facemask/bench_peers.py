@@ -129,11 +129,13 @@ def hugging_face(settings: dict[str, Any]) -> None:
     )
     folder = ImageFolder(settings["root"], transform, allow_empty=True)
     wanted = set(settings["pictures"])
-    folder.samples = [sample for sample in folder.samples if sample[0] in wanted]
+    kept = [sample for sample in folder.samples if sample[0] in wanted]
+    labels = sorted({label for _, label in kept})  # a folder beside the classes counts as one
+    folder.samples = [(path, labels.index(label)) for path, label in kept]
 
     def collate(items: list[Any]) -> dict[str, torch.Tensor]:
-        images, labels = zip(*items, strict=True)
-        return {"pixel_values": torch.stack(images), "labels": torch.tensor(labels)}
+        images, targets = zip(*items, strict=True)
+        return {"pixel_values": torch.stack(images), "labels": torch.tensor(targets)}
 
     class Ticker(TrainerCallback):
         def on_epoch_begin(self, *_: Any, **__: Any) -> None:

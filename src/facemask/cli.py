@@ -427,6 +427,21 @@ def bench_startup(rounds: Rounds = 5, out: BenchOut = EXPERIMENTS) -> None:
     _written(run_bench(rounds, out))
 
 
+@bench.command("sweep")
+def bench_sweep(
+    root: Pictures = None,
+    trials: Annotated[int, Option(min=2, help="Of the sweep.")] = 30,
+    epochs: Annotated[int, Option(min=1, help="Of a trial that is not pruned.")] = 8,
+    side: Side = 64,
+    workers: Annotated[int, Option(min=1, help="Trials at a time.")] = 2,
+    out: BenchOut = EXPERIMENTS,
+) -> None:
+    """Trials per hour of sweep.py, which shares work and prunes, against a loop of train.py: some 20 minutes."""
+    from facemask.bench_sweep import bench_sweep as run_bench
+
+    _written(run_bench(root, trials, epochs, side, workers, out))
+
+
 @bench.command("determinism")
 def bench_determinism(rounds: Rounds = 21, side: Side = 112, batch: Batch = 32, out: BenchOut = EXPERIMENTS) -> None:
     """What it costs that a command gives the same bits twice: a deterministic step against another, in turn."""

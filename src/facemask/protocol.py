@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,16 @@ class Driver:
             return
         if entries and not self.allow_dirty and code_and_versions()[0]["git"]["dirty"]:
             raise UserError("the code has changes that are in no commit: commit them first, or give --allow-dirty")
+        pool, started = ThreadPoolExecutor(self.workers), dict[Path, Future[None]]()
         try:
-            for entry in entries:
-                self.entry(entry)
+            for place, entry in enumerate(entries):
+                for next_one in takewhile(_plain, entries[place:]):  # so that no worker waits for the last of an entry
+                    for folder, at in self.missing(next_one).items():
+                        if folder not in started:
+                            started[folder] = pool.submit(self.train, folder, next_one.options, *at)
+                self.entry(entry, started)
         finally:
+            pool.shutdown(cancel_futures=True)
             console.print(f"written   {write_tables(self.spec, self.full, self.experiments)}")
 
     def print_plan(self, entries: Sequence[Entry]) -> None:
@@ -186,8 +193,7 @@ class Driver:
         hours: dict[str, float] = {}
         done, asked, seen = 0.0, set[str](), set[Path]()
         for entry in entries:
-            folders = {self.folder / entry.arm / name: at for name, at in entry.runs.items()}
-            folders = {folder: at for folder, at in folders.items() if folder not in seen}
+            folders = {folder: at for folder, at in self.runs(entry).items() if folder not in seen}
             seen |= folders.keys()
             took = [spent(folder) for folder in folders]
             expected = _planned(entry, list(folders.values()), self.spec["plan"], asked)
@@ -198,20 +204,29 @@ class Driver:
         console.print("planned   " + ", ".join(f"{tier} {hour:.1f}" for tier, hour in hours.items()) + " CPU-hours")
         console.print(f"spent     {done:.1f} CPU-hours of training in the runs that are finished")
 
-    def entry(self, entry: Entry) -> None:
-        """Train an entry's missing runs, a few at a time, and record it."""
-        folders = {self.folder / entry.arm / name: at for name, at in entry.runs.items()}
-        missing = [folder for folder in folders if spent(folder) is None]
+    def runs(self, entry: Entry) -> dict[Path, tuple[int | None, int]]:
+        return {self.folder / entry.arm / name: at for name, at in entry.runs.items()}
+
+    def missing(self, entry: Entry) -> dict[Path, tuple[int | None, int]]:
+        return {folder: at for folder, at in self.runs(entry).items() if spent(folder) is None}
+
+    def entry(self, entry: Entry, started: Mapping[Path, Future[None]]) -> None:
+        """Train an entry's missing runs, or wait for those that are `started`, and record it."""
+        missing = self.missing(entry)
         options = [*entry.options, *self.found(entry, bool(missing))]
         cfg = config(options)
-        for folder, (fold, seed) in folders.items():
-            if folder not in missing:  # raises where the list has changed since
+        for folder, (fold, seed) in self.runs(entry).items():
+            if folder not in missing and folder not in started:  # raises where the list has changed since
                 OmegaConf.update(cfg, "seed", seed)
                 OmegaConf.update(cfg, "data.fold", fold)
                 RunFolder(folder).resume(as_plain(cfg))
         with ThreadPoolExecutor(self.workers) as pool:
-            list(pool.map(lambda folder: self.train(folder, options, *folders[folder]), missing))
-        self.record(entry, list(folders))
+            alone = {folder: at for folder, at in missing.items() if folder not in started}
+            list(pool.map(lambda folder: self.train(folder, options, *alone[folder]), alone))
+        for folder in self.runs(entry):
+            if folder in started:
+                started[folder].result()
+        self.record(entry, list(self.runs(entry)))
 
     def train(self, folder: Path, options: Sequence[str], fold: int | None, seed: int) -> None:
         own = [f"seed={seed}", *([] if fold is None else [f"data.fold={fold}"]), f"run_dir={folder}", "resume=true"]
@@ -281,6 +296,11 @@ class Driver:
                 known[fingerprint] = numbers["test"]["pixels"]["accuracy"]["value"]
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, known)
+
+
+def _plain(entry: Entry) -> bool:
+    """Whether an entry's options are known before any run."""
+    return not entry.about.keys() & {"sweep", "smooth_as"}
 
 
 def _run(command: Sequence[str], **streams: Any) -> int:

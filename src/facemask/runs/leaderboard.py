@@ -1,4 +1,5 @@
-"""All records in one table: in the README between markers, as CSV, as one HTML page, and in the terminal."""
+"""All records in one table: in the README between markers, as CSV, as one HTML page, and in the terminal. Beside it the
+pages of the benches."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ import pandas as pd
 
 from facemask.errors import UserError
 from facemask.files import write_text
+from facemask.runs.bench_page import bench_page
 from facemask.runs.page import Page, markdown, text_table
 from facemask.runs.record import Record, all_records, cell, changed_files
 
@@ -32,7 +34,7 @@ NOTE = (
 
 
 def update(experiments: Path, readme: Path, check: bool = False) -> list[Path]:
-    """Write the leaderboard and the README's table from all records; returns the files that were (`check`: are) stale.
+    """Write leaderboard, README's table and the benches' pages; returns the files that were (`check`: are) stale.
 
     Raises:
         UserError: a record was changed by hand, or the README has no markers.
@@ -52,6 +54,8 @@ def update(experiments: Path, readme: Path, check: bool = False) -> list[Path]:
         experiments / "leaderboard.csv": _csv(records),
         experiments / "leaderboard.html": _page(records).render(),
     }
+    for machine in sorted(path for path in experiments.glob("bench/*") if path.is_dir()):
+        wanted[machine / "README.md"] = bench_page(machine)
     stale = [path for path, content in wanted.items() if not path.exists() or path.read_text() != content]
     for path in [] if check else stale:
         write_text(path, wanted[path])
@@ -59,7 +63,10 @@ def update(experiments: Path, readme: Path, check: bool = False) -> list[Path]:
 
 
 def terminal(experiments: Path) -> "Table":
-    return text_table(HEADER, [_row(record) for record in sorted(all_records(experiments), key=_order)], NOTE)
+    rows = [_row(record) for record in sorted(all_records(experiments), key=_order)]
+    # Of 100 columns there are enough for one interval.
+    shown = [[*row[:2], *(figure.partition(" [")[0] for figure in row[2:])] for row in rows]
+    return text_table(HEADER, shown, NOTE)
 
 
 def _claims(record: Record) -> list[dict[str, Any] | None]:
