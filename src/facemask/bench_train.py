@@ -133,11 +133,12 @@ class Loops(ExitStack):
         return loop
 
     def ours(self, *overrides: str) -> Loop:
-        """`python train.py` as it is, without validation in between."""
+        """`python train.py` as it is, without validation in between, and without drop path, which no peer has."""
         run = self.folder / next(self._names)
         command = [sys.executable, str(ROOT / "train.py"), *self.source, "model=deit", "augment=vit", "logger=none"]
         command += [f"model.size={self.size}", f"model.img_size={self.side}", f"data.batch_size={self.batch}"]
         command += [f"trainer.precision={PRECISIONS[self.precision]}", "trainer.max_epochs=1000", f"run_dir={run}"]
+        command += ["model.drop_path_rate=0.0"]
         command += ["+trainer.check_val_every_n_epoch=1000", "evaluate.splits=[val]", f"ledger={self.folder}/ledger"]
         command += ["+callbacks.tick._target_=facemask.bench_peers.ticker", *overrides]
         return self._start(command, self.batch, run.with_suffix(".log"))
