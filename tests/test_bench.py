@@ -213,11 +213,9 @@ def test_bench_sweep_asks_two_cold_runs_and_one_sweep(tmp_path: Path, monkeypatc
 
 @pytest.mark.slow
 def test_bench_train(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def others(loops: Loops, pictures: tuple[str, list[str]]) -> dict[str, Loop]:
-        return {"bare": loops.peer("bare", pictures), "timm": loops.peer("timm", pictures)}
-
+    groups = [([], {"bare": ("bare", {})}), ([], {"timm": ("timm", {})})]
     monkeypatch.setenv("FACEMASK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(bench_train, "_others", others)
+    monkeypatch.setattr(bench_train, "_groups", lambda size: groups)
     file = bench_train.bench_train(noise, ["tiny/32"], 8, "fp32", 2, 2, tmp_path)
     (case,) = json.loads(file.read_text())["cases"]
     assert [row["against"] for row in case["comparisons"]] == ["bare", "timm"]

@@ -315,11 +315,23 @@ def _train(folder: Path, *options: str, **environment: str) -> subprocess.Comple
     return subprocess.run(command, capture_output=True, text=True, env=plain | environment, timeout=300, check=False)
 
 
+def test_a_pruner_is_chosen_by_name_and_is_no_option_of_the_trials() -> None:
+    halving, median, none = (
+        read(["sweep=deit", *more]).sweep for more in ([], ["sweep/pruner=median"], ["sweep.pruner=null"])
+    )
+    assert dict(halving.pruner) == {
+        "_target_": "optuna.pruners.SuccessiveHalvingPruner", "min_resource": 2, "reduction_factor": 2
+    }  # fmt: skip
+    assert median.pruner._target_ == "optuna.pruners.MedianPruner"
+    assert "min_resource" not in median.pruner
+    assert none.pruner is None
+    assert halving.overrides == median.overrides == none.overrides
+
+
 @pytest.fixture
 def reporting(tmp_path: Path) -> tuple[Study, dict[str, str]]:
     """A study with good trials and one that runs, and the environment of its process."""
-    opened = study(tmp_path / "sweep", "sweep.trials=3", "sweep.pruner.n_startup_trials=1",
-                   "sweep.pruner.n_warmup_steps=0", "logger=none")  # fmt: skip
+    opened = study(tmp_path / "sweep", "sweep.trials=3", "sweep.pruner.min_resource=1", "logger=none")  # fmt: skip
     for _ in range(2):
         trial = opened.claim(True)
         assert trial is not None

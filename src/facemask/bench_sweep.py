@@ -1,6 +1,7 @@
 """Trials per hour of a sweep against a naive loop of train.py, each run of which does everything anew:
 `facemask bench sweep`."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 from facemask.bench import asked, rates, show, spread, write_result
 from facemask.config import ROOT
 from facemask.errors import UserError
+from facemask.parent import followed
 
 AT_LEAST = 3
 
@@ -33,7 +35,8 @@ def bench_sweep(root: Path | None, trials: int, epochs: int, side: int, workers:
         def took(name: str, script: str, *own: str) -> float:
             own = (*own, f"cache_dir={folder}/{name}_cache", f"ledger={folder}/ledger.jsonl")
             start = time.perf_counter()
-            done = subprocess.run([sys.executable, str(ROOT / script), *own, *options], cwd=folder, check=False)
+            command = [sys.executable, str(ROOT / script), *own, *options]
+            done = subprocess.run(command, cwd=folder, env={**os.environ, **followed()}, check=False)
             if done.returncode != 0:
                 raise UserError(f"{script} ended with exit code {done.returncode}: see above")
             return time.perf_counter() - start

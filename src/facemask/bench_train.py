@@ -76,7 +76,8 @@ class Loop:
         line = self._ticks.readline()
         if not line:
             end = self.log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"a training loop ended by itself: {' '.join(end)}")
+            why = "it was killed (too little memory?)" if self.process.wait() == -signal.SIGKILL else " ".join(end)
+            raise UserError(f"a training loop ended by itself: {why}")
         return json.loads(line)
 
     def seconds(self, steps: int) -> float:
@@ -187,16 +188,17 @@ def bench_train(
     done = []
     for case in cases:
         size, side = case.split("/")
-        with Loops(source, size, int(side), batch, precision) as loops:
-            sides = {"ours": loops.ours(), **_others(loops, pictures)}
-            seconds = in_turn({name: partial(_per_image, loop, steps) for name, loop in sides.items()}, rounds)
         rows, shown = [], []
-        for name in (name for name in sides if name in ASKED):
-            ours = "ours, distilling" if name == "timm, distilling" else "ours"
-            figures = rates(list(zip(seconds[ours], seconds[name], strict=True)))
-            rows.append({"against": name, "batch": sides[name].batch, **figures})
-            per_s = f"{figures['ours_per_s']:.1f}", f"{figures['other_per_s']:.1f}"
-            shown.append([name, *per_s, *spread(figures), asked(figures, ASKED[name])])
+        for overrides, peers in _groups(size):
+            with Loops(source, size, int(side), batch, precision) as loops:
+                sides = {"ours": loops.ours(*overrides)}
+                sides |= {name: loops.peer(loop, pictures, **changes) for name, (loop, changes) in peers.items()}
+                seconds = in_turn({name: partial(_per_image, loop, steps) for name, loop in sides.items()}, rounds)
+            for name in peers:
+                figures = rates(list(zip(seconds["ours"], seconds[name], strict=True)))
+                rows.append({"against": name, "batch": sides[name].batch, **figures})
+                per_s = f"{figures['ours_per_s']:.1f}", f"{figures['other_per_s']:.1f}"
+                shown.append([name, *per_s, *spread(figures), asked(figures, ASKED[name])])
         title = f"Training steps of deit_{size} at {side} pixels, batch {batch}, {precision}: images/s"
         show(title, ["against", "ours", "theirs", "ratio", "spread", "asked"], shown)
         done.append({"model": f"deit_{size}", "side": int(side), "batch": batch, "comparisons": rows})
@@ -346,21 +348,22 @@ def bench_startup(rounds: int, out: Path) -> Path:
     return write_result({"seconds": medians, "first_step": first}, "startup", out, rounds=rounds)
 
 
-def _others(loops: Loops, pictures: tuple[str, list[str]]) -> dict[str, Loop]:
-    others = {
-        "bare": loops.peer("bare", pictures),
-        "timm": loops.peer("timm", pictures),
-        "timm's defaults": loops.peer("timm", pictures, batch=PEER_BATCH, precision="fp32", workers=4, defaults=True),
-        "ours, distilling": loops.ours("model=deit_distilled", "distill=soft"),
-        "timm, distilling": loops.peer(
-            "timm", pictures, model=f"deit_{loops.size}_distilled_patch16_224", teacher="tf_efficientnet_lite0"
-        ),
-    }
+def _groups(size: str) -> list[tuple[list[str], dict[str, tuple[str, dict[str, Any]]]]]:
+    """What is measured in turn: overrides of ours, and name -> loop and settings of its peers. Few at a time, since all
+    of them stay in memory; the limit alone, since that comparison is the closest."""
+    taught = {"model": f"deit_{size}_distilled_patch16_224", "teacher": "tf_efficientnet_lite0"}
+    timms = {"batch": PEER_BATCH, "precision": "fp32", "workers": 4, "defaults": True}
+    groups: list[tuple[list[str], dict[str, tuple[str, dict[str, Any]]]]] = [
+        ([], {"bare": ("bare", {})}),
+        ([], {"timm": ("timm", {})}),
+        ([], {"timm's defaults": ("timm", timms)}),
+        (["model=deit_distilled", "distill=soft"], {"timm, distilling": ("timm", taught)}),
+    ]
     if _has_peers():
-        others["Hugging Face"] = loops.peer("huggingface", pictures)
-        defaults: dict[str, Any] = {"batch": 8, "precision": "fp32", "defaults": True}
-        others["Hugging Face's defaults"] = loops.peer("huggingface", pictures, **defaults)
-    return others
+        groups[1][1]["Hugging Face"] = "huggingface", {}
+        theirs = {"batch": 8, "precision": "fp32", "defaults": True}
+        groups[2][1]["Hugging Face's defaults"] = "huggingface", theirs
+    return groups
 
 
 def _has_peers() -> bool:

@@ -430,8 +430,8 @@ def bench_startup(rounds: Rounds = 5, out: BenchOut = EXPERIMENTS) -> None:
 @bench.command("sweep")
 def bench_sweep(
     root: Pictures = None,
-    trials: Annotated[int, Option(min=2, help="Of the sweep.")] = 30,
-    epochs: Annotated[int, Option(min=1, help="Of a trial that is not pruned.")] = 8,
+    trials: Annotated[int, Option(min=2, help="Of the sweep.")] = 24,
+    epochs: Annotated[int, Option(min=1, help="Of a trial that is not pruned.")] = 12,
     side: Side = 64,
     workers: Annotated[int, Option(min=1, help="Trials at a time.")] = 2,
     out: BenchOut = EXPERIMENTS,

@@ -30,7 +30,7 @@ def read(arguments: Sequence[str]) -> DictConfig:
     """
     if flags := [argument for argument in arguments if argument.startswith("-")]:
         raise UserError(f"{flags[0]}: sweep.py takes overrides only (sweep=NAME n_workers=2 optim.lr=...)")
-    own = [a for a in arguments if a.lstrip("+~").startswith(("sweep=", "sweep.", "n_workers="))]
+    own = [a for a in arguments if a.lstrip("+~").startswith(("sweep=", "sweep.", "sweep/", "n_workers="))]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("sweep", own)
     OmegaConf.set_struct(cfg, False)
