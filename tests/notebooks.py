@@ -26,7 +26,7 @@ def run(script: Path) -> Any:
     where = {"metadata": {"path": str(FOLDER.parent)}}
     with TemporaryDirectory() as sockets:  # no port that others could reach
         kernels = AsyncKernelManager(transport="ipc", ip=f"{sockets}/kernel")
-        NotebookClient(book, kernels, timeout=1800, coalesce_streams=True, resources=where).execute()
+        NotebookClient(book, kernels, timeout=1800, coalesce_streams=True, resources=where).execute(cleanup_kc=True)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     book.metadata = {"jupytext": {"formats": "ipynb,py:percent"}, "kernelspec": kernel}
     for number, cell in enumerate(book.cells):
