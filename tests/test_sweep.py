@@ -331,7 +331,8 @@ def test_a_pruner_is_chosen_by_name_and_is_no_option_of_the_trials() -> None:
 @pytest.fixture
 def reporting(tmp_path: Path) -> tuple[Study, dict[str, str]]:
     """A study with good trials and one that runs, and the environment of its process."""
-    opened = study(tmp_path / "sweep", "sweep.trials=3", "sweep.pruner.min_resource=1", "logger=none")  # fmt: skip
+    opened = study(tmp_path / "sweep", "sweep.trials=3", "sweep/pruner=median", "logger=none",
+                   "sweep.pruner.n_startup_trials=1", "sweep.pruner.n_warmup_steps=0")  # fmt: skip
     for _ in range(2):
         trial = opened.claim(True)
         assert trial is not None
