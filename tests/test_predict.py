@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -440,6 +442,18 @@ def test_ctrl_c_keeps_whole_rows(run, faces, tmp_path, monkeypatch):
     text = out.read_text()
     assert text.endswith("\n")
     assert [row["label"] in CLASSES and row["problem"] == "" for row in rows_of(text)] == [True] * 6
+
+
+def test_a_full_disk_is_told_in_a_sentence(run, faces):
+    program = "from facemask.cli import main; main()"
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", program, "predict", str(run), str(faces / "a.jpg")],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "error: the disk is full; make room and give the same command again"
+    assert "Traceback" not in result.stderr
 
 
 @needs_pictures

@@ -30,6 +30,7 @@ from facemask.runs.sweep_page import ranked, show
 from facemask.space import distribution, read
 from facemask.study import Study, open_study
 from facemask.sweep import results
+from facemask.trial import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -326,6 +327,20 @@ def test_a_pruner_is_chosen_by_name_and_is_no_option_of_the_trials() -> None:
     assert "min_resource" not in median.pruner
     assert none.pruner is None
     assert halving.overrides == median.overrides == none.overrides
+
+
+def test_halving_stops_the_worse_half_after_two_epochs_and_again_after_four(tmp_path: Path) -> None:
+    opened = study(tmp_path / "sweep", "sweep.trials=4", "logger=none")
+
+    def epochs(nll: float) -> int:
+        """Reports the same value after every epoch; returns the epoch that pruned it, or 5."""
+        trial = opened.claim(True)
+        assert trial is not None
+        report = Report(opened.url, "deit", trial.number, "val/nll", dict(opened.sweep["pruner"]))
+        return next((epoch for epoch in range(1, 5) if report._report(nll, epoch)), 5)
+
+    # After two epochs .6 is the worse of two, .45 the second of four; after four .45 is the second of three.
+    assert [epochs(nll) for nll in (0.5, 0.6, 0.4, 0.45)] == [5, 2, 5, 4]
 
 
 @pytest.fixture

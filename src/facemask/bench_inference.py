@@ -61,8 +61,13 @@ def bench_inference(run: Path, root: Path, pictures: int, rounds: int, latencies
             folder.mkdir()
         export.write_hugging_face(folders["hf"], source)
 
+        # The export names timm's preprocessing, which is exact; this is what a model of transformers' own has.
+        processor = transformers.ViTImageProcessor.from_pretrained(folders["hf"])
+
         def pipe(**options: Any) -> Callable[[], Any]:
-            classify = transformers.pipeline("image-classification", str(folders["hf"]), device="cpu", **options)
+            classify = transformers.pipeline(
+                "image-classification", str(folders["hf"]), image_processor=processor, device="cpu", **options
+            )
             return lambda: [answer[0]["label"] for answer in classify(list(files), top_k=1)]
 
         def ours(of: Any, batch_size: int = BATCH) -> Callable[[], Any]:

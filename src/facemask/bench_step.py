@@ -52,10 +52,8 @@ def bench_teacher(rounds: int, side: int, batch: int, out: Path) -> Path:
 
 
 def bench_determinism(rounds: int, side: int, batch: int, out: Path) -> Path:
-    """A step of a DeiT-Ti as `trainer.deterministic=true` computes it against one without.
-
-    Deterministic mode also fills newly allocated memory (torch.utils.deterministic.fill_uninitialized_memory).
-    """
+    """A step of a DeiT-Ti as `trainer.deterministic=true` computes it against one without."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # as in build_trainer
     cfg = composed("model=deit", f"model.img_size={side}")
     step = _step(cfg, LABELS, _views(batch, side))
 

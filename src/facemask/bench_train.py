@@ -178,7 +178,7 @@ def bench_train(
         cases: "SIZE/SIDE", such as "tiny/224".
         batch, precision: of all but the peers' defaults; precision None: as train.py chooses.
         rounds: windows of each loop.
-        steps: of one window; its median counts.
+        steps: of one window, whose median counts; peers with another batch see as many images in theirs.
 
     Returns: the JSON file.
     """
@@ -194,7 +194,8 @@ def bench_train(
             with Loops(source, size, int(side), batch, precision) as loops:
                 sides = {"ours": loops.ours(*overrides)}
                 sides |= {name: loops.peer(loop, pictures, **changes) for name, (loop, changes) in peers.items()}
-                seconds = in_turn({name: partial(_per_image, loop, steps) for name, loop in sides.items()}, rounds)
+                timers = {name: partial(_per_image, loop, steps * batch) for name, loop in sides.items()}
+                seconds = in_turn(timers, rounds)
             for name in peers:
                 figures = rates(list(zip(seconds["ours"], seconds[name], strict=True)))
                 rows.append({"against": name, "batch": sides[name].batch, **figures})
@@ -213,8 +214,8 @@ def bench_train(
     return write_result(content, "train", out, at=" --at ".join(cases), **options)
 
 
-def _per_image(loop: Loop, steps: int) -> float:
-    return loop.seconds(steps) / loop.batch
+def _per_image(loop: Loop, images: int) -> float:
+    return loop.seconds(max(1, images // loop.batch)) / loop.batch
 
 
 def default_precision(device: str | None = None) -> str:

@@ -1,5 +1,6 @@
 """The command `facemask`: what is done with folders of pictures and with finished runs."""
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from facemask.errors import UserError
+from facemask.errors import DISK_FULL, UserError, is_disk_full
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -727,6 +728,11 @@ def main() -> None:
     """Entry point: mistakes of the user end in one sentence and exit code 2."""
     try:
         app()
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if not is_disk_full(error):
+                raise
+            # What standard output still holds would fail once more when Python flushes it at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        typer.echo(f"error: {DISK_FULL if isinstance(error, OSError) else error}", err=True)
         sys.exit(2)

@@ -26,7 +26,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from facemask.errors import UserError
+from facemask.errors import DISK_FULL, UserError, is_disk_full
 from facemask.files import read_yaml
 from facemask.parent import die_with_parent
 
@@ -407,6 +407,8 @@ def user_sentence(error: BaseException) -> str | None:
     while cause is not None:
         if isinstance(cause, UserError):
             return str(cause)
+        if is_disk_full(cause):
+            return DISK_FULL
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, InstantiationException) and not isinstance(error.__cause__, TypeError | ImportError):
         return None  # the class was found and its arguments fit: it failed inside

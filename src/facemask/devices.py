@@ -138,6 +138,7 @@ def build_trainer(
     use_tf32(False)  # fp32 means fp32, also in the convolutions of teachers
     if precision == "auto":
         precision = auto_precision(accelerator)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     plugins = [*(arguments.pop("plugins", None) or []), CheckpointIO()]
     return pl.Trainer(
         accelerator=accelerator, precision=precision, use_distributed_sampler=False, plugins=plugins, **arguments

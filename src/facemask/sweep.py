@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from facemask.config import ROOT
-from facemask.errors import UserError
+from facemask.errors import DISK_FULL, UserError, is_disk_full
 from facemask.parent import followed
 from facemask.runs.folder import RunFolder
 from facemask.runs.metrics import SCALARS
-from facemask.runs.storage import DISK_FULL, PRUNED, TRIAL, patiently
+from facemask.runs.storage import PRUNED, TRIAL, patiently
 from facemask.space import read
 from facemask.study import DEFAULT_STORAGE, HEARTBEAT, Study, finished, open_study, status
 
@@ -68,8 +68,7 @@ class Workers:
                 else:
                     self.stop.wait(2)  # one of those that others train may come free
         except Exception as error:
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            self.error = UserError(f"{self.study.folder}: {DISK_FULL}") if full else error
+            self.error = UserError(f"{self.study.folder}: {DISK_FULL}") if is_disk_full(error) else error
             self.stop.set()
 
     def _train(self, trial: FrozenTrial, worker: int) -> None:
@@ -85,7 +84,8 @@ class Workers:
             last = next((line for line in reversed(text.splitlines()) if re.match(r"error: |[\w.]*Error", line)), "")
             if code == PRUNED:
                 return self._tell(trial, TrialState.PRUNED)
-            if code != 0 and ("No space left on device" in text or shutil.disk_usage(self.study.folder).free < 2**16):
+            told = any(words in text for words in (DISK_FULL, "No space left on device"))
+            if code != 0 and (told or shutil.disk_usage(self.study.folder).free < 2**16):
                 raise OSError(errno.ENOSPC, text[-200:])
             if code < 0 or state == "killed" or (code == 0 and state != "finished"):
                 kills = trial.user_attrs["kills"] + 1

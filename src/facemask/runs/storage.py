@@ -6,11 +6,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from facemask.errors import UserError
+from facemask.errors import DISK_FULL, UserError
 
 PRUNED = 4  # exit code of a run that was pruned
 TRIAL = "FACEMASK_TRIAL"  # variable with what `facemask.trial.Report` needs; a config would be published
-DISK_FULL = "the disk is full; make room and give the same command again"
 PATIENCE = 300.0  # seconds that a storage may be away
 T = TypeVar("T")
 
