@@ -16,6 +16,7 @@ from facemask.bench import machine_kind, pairs, rates, ratio
 from facemask.bench_data import AUGMENTS
 from facemask.bench_train import Loop, Loops, parts_of_a_step
 from facemask.cli import app
+from facemask.devices import native_bf16
 from facemask.errors import UserError
 
 
@@ -103,6 +104,17 @@ def test_bench_determinism(tmp_path: Path) -> None:
     figures = content["deterministic / not"]
     assert 0 < figures["lowest"] <= figures["ratio"] <= figures["highest"]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(not native_bf16("cpu"), reason="the processor has no bf16 of its own")
+def test_bench_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("facemask.bench_step.shutil.which", lambda _: None)  # compiling takes a minute
+    command = ["bench", "limit", "--rounds", "2", "--side", "32", "--batch", "4", "--out", str(tmp_path)]
+    CliRunner().invoke(app, command, catch_exceptions=False)
+    content = json.loads(next(tmp_path.rglob("limit.json")).read_text())
+    assert [row["step"] for row in content["comparisons"]] == ["bf16 weights"]
+    assert 0 < content["products_share_of_step"] < 1
+    assert content["most_that_the_rest_could_give"] == 1 / content["products_share_of_step"]
 
 
 # -- training loops ---------------------------------------------------------------------------------------------
@@ -223,6 +235,16 @@ def test_bench_train(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert row["batch"] == 8
         assert 0 < row["lowest"] <= row["ratio"] <= row["highest"]
         assert row["ratio"] == pytest.approx(row["ours_per_s"] / row["other_per_s"])
+
+
+@pytest.mark.slow
+def test_bench_growth(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FACEMASK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bench_train, "GROWTH", [("tiny", 32, 1), ("tiny", 32, 2)])
+    rows = json.loads(bench_train.bench_growth(noise, 8, 2, tmp_path).read_text())["rows"]
+    assert [row["ranks"] for row in rows] == [1, 2]
+    assert rows[0]["images_per_s"] > 0
+    assert rows[1]["peak_gib"] > 1.5 * rows[0]["peak_gib"]  # both processes are counted
 
 
 @pytest.mark.slow

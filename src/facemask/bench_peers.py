@@ -168,11 +168,14 @@ def ticker() -> Any:
 
     whole = {"step": 0.0, "since": 0.0}
 
-    def start(*_: Any) -> None:
+    def start(trainer: Any, *_: Any) -> None:
         whole["since"] = time.perf_counter()
-        tick(start=True)
+        if trainer.is_global_zero:  # other ranks go at its pace, and have no descriptor
+            tick(start=True)
 
     def step(trainer: Any, *_: Any) -> None:
+        if not trainer.is_global_zero:
+            return
         whole["step"] += time.perf_counter() - whole["since"]
         whole["since"] = time.perf_counter()
         parts = getattr(trainer.profiler, "recorded_durations", {})

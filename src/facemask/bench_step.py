@@ -1,6 +1,9 @@
-"""A training step on a batch in memory, in two ways in turn, on a CPU: `facemask bench teacher`, `... determinism`."""
+"""A training step on a batch in memory, in two ways in turn, on a CPU: `facemask bench teacher|determinism|limit`."""
 
+import shutil
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,10 +12,15 @@ from typing import Any
 import timm
 import torch
 from omegaconf import DictConfig
+from timm.layers import set_fused_attn
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from facemask.bench import console, pairs, ratio, show, spread, write_result
 from facemask.config import as_plain, composed
-from facemask.devices import auto_precision
+from facemask.devices import auto_precision, native_bf16
+from facemask.errors import UserError
 from facemask.modeling.backbones import LITE0_MEAN, LITE0_STD
 from facemask.modeling.classifier import Classifier
 from facemask.modeling.saved_logits import SavedLogits
@@ -70,6 +78,98 @@ def bench_determinism(rounds: int, side: int, batch: int, out: Path) -> Path:
     console.print(f"{text}: {cfg.model.name}, {side} pixels, batch {batch}, {precision}")
     content = {"precision": precision, "deterministic / not": figures}
     return write_result(content, "determinism", out, rounds=rounds, side=side, batch=batch)
+
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+
+def bench_limit(rounds: int, side: int, batch: int, out: Path) -> Path:
+    """How near an eager bf16 training step of a DeiT-Ti is to the processor's own rate, and what goes beyond it.
+
+    Time in matrix products is torch.profiler's, their operations are torch.utils.flop_counter's, and the processor's
+    own rate is that of one large product. In turn with the eager step: weights in bf16, cast once per step from fp32
+    ones that the optimizer keeps (its activations between blocks are bf16, too, so results move by more than rounding),
+    and torch.compile, where there is a C++ compiler. Returns the JSON file.
+
+    Raises:
+        UserError: the processor has no bf16 of its own.
+    """
+    if not native_bf16("cpu"):
+        raise UserError("this processor has no bf16 of its own, so that there is no such limit to measure")
+    images, labels = torch.randn(batch, 3, side, side), torch.arange(batch) % 2
+    eager = _bare(_network(side), images, labels)
+    eager()
+    with FlopCounterMode(display=False) as counter:
+        eager()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        eager()
+    spent = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+    products = sum(spent.get(name, 0.0) for name in PRODUCTS)
+    square = torch.randn(4096, 4096).bfloat16()
+    own = 2 * 4096**3 / statistics.median(b for _, b in pairs(lambda: None, lambda: square @ square, 5))
+    share = products / sum(spent.values())
+    rows = [("bf16 weights", _bf16_weights(_network(side), images, labels))]
+    seconds_to_compile = None
+    if shutil.which("g++"):
+        compiled, begin = _bare(torch.compile(_network(side)), images, labels), time.perf_counter()
+        compiled()
+        seconds_to_compile = time.perf_counter() - begin
+        rows.append(("torch.compile", compiled))
+    counted = counter.get_flop_counts()["Global"]
+    operations = sum(flops for kind, flops in counted.items() if str(kind).replace(".", "::") in PRODUCTS)
+    content = {
+        "model": "deit_tiny_patch16_224",
+        "products_share_of_step": share,
+        "products_gflops_per_s": operations / products / 1e9,
+        "own_gflops_per_s": own / 1e9,
+        "most_that_the_rest_could_give": 1 / share,
+        "seconds_to_compile": seconds_to_compile,
+        "comparisons": [{"step": name, "against": "eager", **ratio(pairs(step, eager, rounds))} for name, step in rows],
+    }
+    console.print(
+        f"matrix products take {share:.0%} of an eager step, at {content['products_gflops_per_s']:.0f} GFLOP/s; "
+        f"a large one has {own / 1e9:.0f}: without all the rest a step would be {1 / share:.2f} times as fast"
+    )
+    cells = [[row["step"], *spread(row)] for row in content["comparisons"]]
+    show(f"A step at {side} pixels, batch {batch}, times as fast as eager", ["", "ratio", "spread"], cells)
+    return write_result(content, "limit", out, rounds=rounds, side=side, batch=batch)
+
+
+def _network(side: int) -> nn.Module:
+    set_fused_attn(False)  # the faster choice on CPUs, as in facemask.modeling.backbones
+    return timm.create_model("deit_tiny_patch16_224", num_classes=2, img_size=side)
+
+
+def _bare(network: Any, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.cross_entropy(network(images).float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _bf16_weights(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    kept = [parameter.detach().clone() for parameter in network.parameters()]
+    network.bfloat16()
+    optimizer, half = torch.optim.AdamW(kept, 1e-4), images.bfloat16()
+
+    def step() -> None:
+        loss = nn.functional.cross_entropy(network(half).float(), labels)
+        network.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter, of_bf16 in zip(kept, network.parameters(), strict=True):
+                assert of_bf16.grad is not None
+                parameter.grad = of_bf16.grad.float()
+            optimizer.step()
+            torch._foreach_copy_(list(network.parameters()), kept)
+
+    return step
 
 
 def _views(batch: int, side: int) -> dict[str, Any]:

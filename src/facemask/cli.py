@@ -443,6 +443,14 @@ def bench_sweep(
     _written(run_bench(root, trials, epochs, side, workers, out))
 
 
+@bench.command("limit")
+def bench_limit(rounds: Rounds = 9, side: Side = 224, batch: Batch = 32, out: BenchOut = EXPERIMENTS) -> None:
+    """How near an eager bf16 step is to the processor's own rate; bf16 weights and torch.compile against it."""
+    from facemask.bench_step import bench_limit as run_bench
+
+    _written(run_bench(rounds, side, batch, out))
+
+
 @bench.command("determinism")
 def bench_determinism(rounds: Rounds = 21, side: Side = 112, batch: Batch = 32, out: BenchOut = EXPERIMENTS) -> None:
     """What it costs that a command gives the same bits twice: a deterministic step against another, in turn."""
