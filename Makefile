@@ -45,8 +45,8 @@ notebooks-check: $(VENV)/installed ## Execute all notebooks; fail where a commit
 screenshot: $(VENV)/installed ## The demo's picture in the README (RUN=folder of a run on drawn faces)
 	$(BIN)/python tests/chromium.py $(RUN) experiments/demo.png
 
-bench: $(VENV)/installed ## Speed against others, in turn, as ratios (FACEMASK_DATA: real pictures); an hour
-	for name in data teacher determinism limit train profile memory growth startup sweep scan; do $(BIN)/facemask bench $$name || exit 1; done
+bench: $(VENV)/installed ## Speed against others, in turn, as ratios (FACEMASK_DATA: real pictures); two hours
+	for name in data teacher determinism limit train profile memory growth recipes startup sweep scan; do $(BIN)/facemask bench $$name || exit 1; done
 
 gpu-check: $(VENV)/installed ## Do the GPU paths hold on this machine? Needs a GPU; writes experiments/bench/MACHINE/gpu.json
 	$(BIN)/facemask bench gpu

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from facemask import bench, bench_data, bench_sweep, bench_train
+from facemask import bench, bench_data, bench_recipes, bench_sweep, bench_train
 from facemask.bench import machine_kind, pairs, rates, ratio
 from facemask.bench_data import AUGMENTS
 from facemask.bench_train import Loop, Loops, parts_of_a_step
@@ -245,6 +245,30 @@ def test_bench_growth(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [row["ranks"] for row in rows] == [1, 2]
     assert rows[0]["images_per_s"] > 0
     assert rows[1]["peak_gib"] > 1.5 * rows[0]["peak_gib"]  # both processes are counted
+
+
+def test_a_target_is_reached_by_the_mean_of_three_accuracies() -> None:
+    curve = [(10.0, 0.5), (20.0, 0.9), (30.0, 0.7), (40.0, 0.8), (50.0, 0.6)]
+    assert bench_recipes.reached(curve, 0.7) == 30.0
+    assert bench_recipes.reached(curve, 0.71) == 40.0
+    assert bench_recipes.reached(curve, 0.81) is None
+    assert bench_recipes.reached(curve[:2], 0.1) is None
+
+
+@pytest.mark.slow
+def test_bench_recipes(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FACEMASK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bench_recipes, "ARMS", {
+        "plain": ["recipe=deit", "model.depth=1"],
+        "fast": ["recipe=fast", "model.depth=1", "trainer.max_epochs=4", "augment.small_epochs=2",
+                 "augment.small_size=32"],
+    })  # fmt: skip
+    content = json.loads(bench_recipes.bench_recipes(noise, 3, 48, [5], tmp_path).read_text())
+    plain, fast = content["recipes"]
+    assert [row["accuracy"] == row["accuracy.5"] for row in (plain, fast)] == [True, True]
+    assert plain["seconds"] > 0
+    assert plain["share_of_plain"] in (None, 1.0)  # its last three accuracies are all that it has
+    assert content["sooner_than_hugging_face"] is None  # not measured
 
 
 @pytest.mark.slow

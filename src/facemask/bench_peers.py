@@ -185,6 +185,23 @@ def ticker() -> Any:
     return pl.callbacks.LambdaCallback(on_train_epoch_start=start, on_train_batch_end=step)
 
 
+def clock(file: str) -> Any:
+    """Lightning callback that writes [seconds since the first step, validation accuracy] of every epoch to a file."""
+    import pytorch_lightning as pl
+
+    begin, curve = [0.0], list[tuple[float, float]]()
+
+    def start(*_: Any) -> None:
+        begin[0] = time.perf_counter()
+
+    def validated(trainer: Any, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            curve.append((time.perf_counter() - begin[0], float(trainer.callback_metrics["val/accuracy"])))
+            Path(file).write_text(json.dumps(curve))
+
+    return pl.callbacks.LambdaCallback(on_train_start=start, on_validation_end=validated)
+
+
 def parts() -> Any:
     """Lightning's profiler, which takes the parts of our own step, too.
 
