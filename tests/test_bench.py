@@ -258,9 +258,11 @@ def test_a_target_is_reached_by_the_mean_of_three_accuracies() -> None:
 @pytest.mark.slow
 def test_bench_recipes(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FACEMASK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bench_recipes, "BATCH", 8)
+    monkeypatch.setattr(bench_recipes, "SAVED_STEPS", 60)
     monkeypatch.setattr(bench_recipes, "ARMS", {
-        "plain": ["recipe=deit", "model.depth=1"],
-        "fast": ["recipe=fast", "model.depth=1", "trainer.max_epochs=4", "augment.small_epochs=2",
+        "plain": ["recipe=deit"],
+        "fast": ["recipe=fast", "trainer.max_epochs=4", "augment.small_epochs=2",
                  "augment.small_size=32"],
     })  # fmt: skip
     content = json.loads(bench_recipes.bench_recipes(noise, 3, 48, [5], tmp_path).read_text())
@@ -269,6 +271,8 @@ def test_bench_recipes(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert plain["seconds"] > 0
     assert plain["share_of_plain"] in (None, 1.0)  # its last three accuracies are all that it has
     assert content["sooner_than_hugging_face"] is None  # not measured
+    assert [row["step"] for row in content["steps"]] == ["half of the patches", "linear probe, saved features"]
+    assert content["steps"][1]["ratio"] > 1  # a head alone
 
 
 @pytest.mark.slow

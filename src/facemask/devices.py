@@ -50,7 +50,8 @@ def choose(hardware: Mapping[str, Any], device: torch.device, activations: float
     tf32: fp32 products of GPUs in TF32 while training. Never by itself: fp32 means fp32.
     channels_last: memory format of CNN teachers; always the faster one.
     pin_memory, prefetch: batches lie in pinned memory, and are copied while the step before computes: on GPUs.
-    compile: torch.compile of the student: on GPUs with Triton; on a CPU it gains less than it takes to compile.
+    compile: torch.compile of the student: on GPUs with Triton; on a CPU it pays after some
+        hundred steps (`facemask bench limit`).
     gradient_checkpointing: where the student's activations would fill more than half of a GPU.
 
     Args:
