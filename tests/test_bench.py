@@ -72,7 +72,8 @@ def test_bench_teacher(tmp_path: Path) -> None:
     content = json.loads(file.read_text())
     compared = [(row["teacher"], row["what"]) for row in content["comparisons"]]
     teachers = ("efficientnet_lite0", "resnet_small")
-    assert compared == [(name, what) for name in teachers for what in ("saved / no teacher", "asked / saved")]
+    expected = [(name, what) for name in teachers for what in ("saved / no teacher", "asked / saved")]
+    assert compared == [*expected[:2], ("efficientnet_lite0", "features / no teacher"), *expected[2:]]
     assert all(row["ratio"] > 1 for row in content["comparisons"] if row["what"] == "asked / saved")
     assert "efficientnet_lite0" in result.output
 

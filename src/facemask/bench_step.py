@@ -32,7 +32,8 @@ LABELS = {"_target_": "facemask.modeling.objectives.Labels"}
 
 
 def bench_teacher(rounds: int, side: int, batch: int, out: Path) -> Path:
-    """Steps of a DeiT-Ti with a distillation token in turn: without a teacher, with saved logits, asking the teacher.
+    """Steps of a DeiT-Ti with a distillation token in turn: without a teacher, with saved logits, asking the teacher,
+    and with feature distillation, which asks it at every step, too, and for its feature maps.
 
     A step is forward, backward and optimizer on a batch in memory, at the precision of training. Teachers have random
     weights, which take the time of any others. Returns the JSON file.
@@ -48,10 +49,14 @@ def bench_teacher(rounds: int, side: int, batch: int, out: Path) -> Path:
             plain = _step(cfg, LABELS, views)
             online = _step(cfg, as_plain(cfg.distill), views, teacher)
             kept = _step(cfg, as_plain(cfg.distill), views, teacher, saved)
-            for what, pair in (("saved / no teacher", (plain, kept)), ("asked / saved", (kept, online))):
+            turns = {"saved / no teacher": (plain, kept), "asked / saved": (kept, online)}
+            if name == "efficientnet_lite0":
+                options = f"teacher={name}", "model=deit_distilled", "distill=feature", f"model.img_size={side}"
+                turns["features / no teacher"] = plain, _step(cfg, as_plain(composed(*options).distill), views, teacher)
+            for what, pair in turns.items():
                 comparisons.append({"teacher": name, "what": what, **ratio(pairs(*pair, rounds))})
     for row in comparisons:
-        missed = "no" in row["what"] and row["ratio"] > SAVED_AT_MOST
+        missed = row["what"] == "saved / no teacher" and row["ratio"] > SAVED_AT_MOST
         shown.append([row["teacher"], row["what"], *spread(row, 3), "missed" if missed else ""])
     title = f"A step of {cfg.model.name} at {side} pixels, batch {batch}, {precision}; asked: at most {SAVED_AT_MOST}"
     show(title, ["teacher", "times as long", "ratio", "spread", ""], shown)
@@ -185,7 +190,8 @@ def _step(
     teacher: Teacher | None = None,
     saved: SavedLogits | None = None,
 ) -> Callable[[], None]:
-    student = Classifier(as_plain(cfg.model), objective, as_plain(cfg.optim), ["a", "b"], 0, len(views["row"]))
+    dims = (teacher.map_channels, teacher.pooled_dim) if teacher is not None else None
+    student = Classifier(as_plain(cfg.model), objective, as_plain(cfg.optim), ["a", "b"], 0, len(views["row"]), dims)
     student.log_dict = lambda *_, **__: None  # type: ignore[method-assign] # there is no trainer
     if teacher is not None:
         student.attach_teacher(teacher, torch.zeros(len(views["row"]), dtype=torch.long), saved)
