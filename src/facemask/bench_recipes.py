@@ -86,10 +86,7 @@ def bench_recipes(root: Path | None, epochs: int, side: int, seeds: Sequence[int
         "recipes": rows,
         "steps": steps,
     }
-    cells = [
-        [row["recipe"], f"{row['seconds']:.0f}", f"{100 * row['accuracy']:.1f}", _share(row["share_of_plain"])]
-        for row in rows
-    ]
+    cells = [[row["recipe"], f"{row['seconds']:.0f}", f"{100 * row['accuracy']:.1f}", _share(row)] for row in rows]
     columns = ["", "seconds", "accuracy, %", f"plain's accuracy after, of its time (asked {AT_MOST})"]
     show(f"DeiT-Ti at {side} pixels, validation, mean of {len(seeds)} seeds", columns, cells)
     shown = [[row["step"], row["against"], *spread(row)] for row in steps]
@@ -128,7 +125,10 @@ def reached(curve: Sequence[tuple[float, float]], target: float) -> float | None
     return None
 
 
-def _share(share: float | None) -> str:
+def _share(row: dict[str, Any]) -> str:
+    share = row["share_of_plain"]
+    if row["recipe"] == "plain":
+        return "–"
     return "not by all seeds, missed" if share is None else f"{share:.2f}{'' if share <= AT_MOST else ' missed'}"
 
 
