@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from soak import SMALL, bits, launch
+
+from facemask.devices import build_trainer
 
 # Jobs of one multirun each: 12 students without a teacher, 2 with one that is fitted, 2 with one from a file.
 STUDENTS = [
@@ -51,3 +54,9 @@ def test_distilled_students_with_averaged_weights(tmp_path):
     assert len(a) == 2
     assert a == b == c
     assert len({json.dumps(facts) for facts in a.values()}) == 2  # fp32 and bf16 differ
+
+
+def test_deterministic_steps_do_not_fill_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    build_trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert not torch.utils.deterministic.fill_uninitialized_memory
