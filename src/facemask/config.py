@@ -155,7 +155,10 @@ VALUES: dict[str, tuple[Test, str]] = {
     "model.drop_rate": _SHARE_BELOW_1,
     "model.drop_path_rate": _SHARE_BELOW_1,
     "model.patch_drop_rate": _SHARE_BELOW_1,
-    "model.patch_embed": (_one_of("linear", "efficientnet_lite0"), "linear or efficientnet_lite0"),
+    "model.patch_embed": (
+        _one_of("linear", "conv_stem", "efficientnet_lite0"),
+        "linear, conv_stem or efficientnet_lite0",
+    ),
     "model.init": (_one_of("timm", "structured"), "timm or structured"),
     "resume": _SWITCH,
     "threads": _COUNT,
@@ -234,7 +237,7 @@ def check(cfg: DictConfig) -> None:
             f"data.img_size={cfg.data.img_size} and model.img_size={cfg.model.img_size} differ: set model.img_size"
         )
     patch = re.search(r"patch(\d+)", name)
-    step = 32 if cfg.model.patch_embed != "linear" else int(patch.group(1)) if patch else 1
+    step = 32 if cfg.model.patch_embed == "efficientnet_lite0" else int(patch.group(1)) if patch else 1
     if cfg.model.img_size % step:
         lower = max(step, cfg.model.img_size // step * step)
         raise UserError(

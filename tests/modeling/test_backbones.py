@@ -5,6 +5,7 @@ from torch import nn
 
 from facemask.errors import UserError
 from facemask.modeling.backbones import LITE0_MEAN, LITE0_STD, build_backbone
+from facemask.modeling.init import sincos_positions
 from facemask.modeling.objectives import Labels
 from facemask.modeling.optim import parameter_groups
 from facemask.modeling.weights import lite0_state_dict
@@ -146,6 +147,46 @@ def test_hybrid_cnn_is_frozen_and_imagenets(name):
     assert not torch.equal(network.patch_embed.proj.weight, before)
     tokens = network.patch_embed.proj(cnn((pixels(side=64) - backbone.mean) / backbone.std)).flatten(2).transpose(1, 2)
     torch.testing.assert_close(network.patch_embed((pixels(side=64) - backbone.mean) / backbone.std), tokens)
+
+
+@pytest.mark.parametrize("name", [VIT, DISTILLED])
+def test_conv_stem_is_four_convolutions_and_a_projection(name):
+    network = build(name, img_size=64, depth=1, patch_embed="conv_stem", init="structured").network
+    embed = network.patch_embed
+    convolutions = [part for part in embed.modules() if isinstance(part, nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels, c.kernel_size, c.stride) for c in convolutions] == [
+        (3, 24, (3, 3), (2, 2)),
+        (24, 48, (3, 3), (2, 2)),
+        (48, 96, (3, 3), (2, 2)),
+        (96, 192, (3, 3), (2, 2)),
+        (192, 192, (1, 1), (1, 1)),
+    ]
+    assert embed.grid_size == (4, 4)
+    assert embed(torch.rand(2, 3, 64, 64)).shape == (2, 16, 192)
+    positions = 0.5 * sincos_positions(4, 192)  # the structured start knows its grid
+    torch.testing.assert_close(network.pos_embed[0, network.num_prefix_tokens :].detach(), positions)
+
+
+def test_conv_stem_is_trained_whole_without_decay_of_its_norms():
+    backbone = build(DISTILLED, img_size=64, depth=1, patch_embed="conv_stem").train()
+    sum(logits.square().sum() for logits in backbone(pixels(side=64)).logits.values()).backward()
+    stem = dict(backbone.network.patch_embed.named_parameters())
+    assert len(stem) == 4 * 3 + 2
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in stem.values())
+    decay = {
+        id(p): group["weight_decay"]
+        for group in parameter_groups(backbone, Labels(), 1e-2, 0.05, 1.0)
+        for p in group["params"]
+    }
+    assert {name: decay[id(p)] for name, p in stem.items()} == {
+        name: 0.05 if p.ndim > 1 else 0.0 for name, p in stem.items()
+    }
+
+
+def test_conv_stem_takes_small_pictures_in_the_epochs_that_have_them():
+    backbone = build(VIT, img_size=96, depth=1, patch_embed="conv_stem", small_epochs=1)
+    assert backbone(pixels(side=96)).patch_tokens.shape == (2, 36, 192)
+    assert backbone(pixels(side=64)).patch_tokens.shape == (2, 16, 192)
 
 
 def test_hybrid_cnn_stays_fp32_under_autocast():

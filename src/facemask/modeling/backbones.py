@@ -15,6 +15,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import HybridEmbed, resample_abs_pos_embed, resample_patch_embed, set_fused_attn
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.levit import Stem16
 from torch import Tensor, nn
 
 from facemask.errors import UserError
@@ -138,6 +139,14 @@ class FeatureMap(nn.Module):
         return self.cnn.forward_features(images)
 
 
+def conv_stem(in_chans: int, embed_dim: int, **options: Any) -> HybridEmbed:
+    """Patch embedding by four convolutions of stride 2 with batch normalisation (timm's `Stem16`, of LeViT, Graham et
+    al. 2021) and a 1 x 1 projection, as in Xiao et al. 2021, "Early convolutions help transformers see better"; one
+    token for 16 x 16 pixels, as with patches."""
+    options["patch_size"] = 1
+    return HybridEmbed(Stem16(in_chans, embed_dim, nn.GELU), in_chans=in_chans, embed_dim=embed_dim, **options)
+
+
 def build_backbone(
     name: str,
     num_classes: int,
@@ -168,9 +177,10 @@ def build_backbone(
         drop_rate, drop_path_rate: dropout and stochastic depth.
         patch_drop_rate: share of patches left out in training (Li et al. 2023, FLIP).
         small_epochs: where above 0, pictures of any whole number of patches are taken, with interpolated positions.
-        patch_embed: "linear", or "efficientnet_lite0" for the hybrid (ViT paper, section 3.1): the CNN's feature
-            map, one token per position, takes the place of the linear patch embedding.
-        freeze_patch_embed: keep the hybrid's CNN as ImageNet left it.
+        patch_embed: "linear"; "conv_stem" (see `conv_stem`, for patches of 16 pixels); or "efficientnet_lite0" for the
+            hybrid (ViT paper, section 3.1): the CNN's feature map, one token per position, takes the place of the
+            linear patch embedding.
+        freeze_patch_embed: keep the hybrid's CNN as ImageNet left it; a conv_stem is always trained.
         freeze_backbone: train the heads alone.
         depth: number of blocks, where other than the named model's.
         init: "timm" (truncated normal) or "structured" (see `facemask.modeling.init`; where weights are loaded, and
@@ -191,6 +201,8 @@ def build_backbone(
         features = FeatureMap(cnn)
         embed = FrozenCNN(features) if freeze_patch_embed else features
         options |= {"embed_layer": partial(HybridEmbed, embed), "patch_size": 1}
+    if patch_embed == "conv_stem":
+        options["embed_layer"] = conv_stem
     # The fused kernel's bf16 backward pass is slow on CPUs: plain matrix products train 1.2 to 1.6 times faster there.
     set_fused_attn(torch.cuda.is_available())
     try:
