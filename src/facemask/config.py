@@ -114,6 +114,7 @@ VALUES: dict[str, tuple[Test, str]] = {
     "augment.cutmix_alpha": _NOT_NEGATIVE,
     "augment.seed": _WHOLE,
     "augment.degrade": _SHARE,
+    "augment.counterfactual": _SHARE,
     "augment.small_epochs": _WHOLE,
     "augment.small_size": _COUNT,
     "data.batch_size": _COUNT,

@@ -23,7 +23,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
-from facemask.data import duplicates, faces, splits, synthetic
+from facemask.data import counterfactual, duplicates, faces, splits, synthetic
 from facemask.data.cache import Files, Pixels, open_cache, writing
 from facemask.data.images import centre_crop, decode
 from facemask.data.manifest import load_manifest, scan_folder, store_of
@@ -60,6 +60,9 @@ class TrainViews(Dataset):
         num_classes: C.
         augmentation: makes the views.
         folds: cross-fitting fold (N,); a view is mixed with one of the same fold.
+        faces: (N, 4) faces that may be painted, as `facemask.data.counterfactual.find_faces` gives them; NaN for other
+            pictures. None: paint nothing.
+        masked: class index of pictures whose nose and mouth are painted over.
     """
 
     pixels: Pixels
@@ -69,6 +72,8 @@ class TrainViews(Dataset):
     num_classes: int
     augmentation: Augmentation
     folds: np.ndarray
+    faces: np.ndarray | None = None
+    masked: int = NO_LABEL
 
     def __post_init__(self) -> None:
         self._partners = -1, self.folds  # of the epoch read last
@@ -88,7 +93,21 @@ class TrainViews(Dataset):
 
     def view(self, index: int, epoch: int) -> np.ndarray:
         """The view of one training picture in one epoch, before any mixing: uint8 (H, W, 3)."""
-        return self.augmentation.view(self.pixels[self.rows[index]], self.paths[index], epoch)
+        pixels = self.pixels[self.rows[index]]
+        if (painting := self._painting(index, epoch)) is not None:
+            assert self.faces is not None
+            pixels = counterfactual.paint(pixels, self.faces[index], *painting)
+        return self.augmentation.view(pixels, self.paths[index], epoch)
+
+    def label(self, index: int, epoch: int) -> int:
+        """The class of that view."""
+        painting = self._painting(index, epoch)
+        return self.masked if painting is not None and painting[0] else int(self.labels[index])
+
+    def _painting(self, index: int, epoch: int) -> tuple[bool, np.random.Generator] | None:
+        if self.faces is None or np.isnan(self.faces[index, 0]):
+            return None
+        return self.augmentation.painting(self.paths[index], epoch)
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         return self.__getitems__([key])[0]
@@ -103,11 +122,11 @@ class TrainViews(Dataset):
         target = np.zeros(self.num_classes, dtype=np.float32)
         mix = self.mix(index, epoch)
         if mix is None:
-            target[self.labels[index]] = 1
+            target[self.label(index, epoch)] = 1
         else:
             pixels = apply_mix(pixels, view(mix.partner, epoch), mix)
-            target[self.labels[index]] += mix.lam
-            target[self.labels[mix.partner]] += 1 - mix.lam
+            target[self.label(index, epoch)] += mix.lam
+            target[self.label(mix.partner, epoch)] += 1 - mix.lam
         pixels = self.augmentation.resize(pixels, epoch)
         return {"pixels": to_tensor(pixels), "target": torch.from_numpy(target), "row": index, "epoch": epoch}
 
@@ -414,6 +433,7 @@ class ImageData(pl.LightningDataModule):
     def train_views(self, noisy: bool = True) -> TrainViews:
         """The augmented views of the training split; `noisy`: with label noise, where there is any."""
         rows = self.rows("train")
+        faces, masked = self._paintable(rows)
         return TrainViews(
             self.pixels,
             self.cache_rows[rows],
@@ -422,7 +442,27 @@ class ImageData(pl.LightningDataModule):
             len(self.classes),
             self.augmentation,
             self.crossfit_folds(),
+            faces,
+            masked,
         )
+
+    def _paintable(self, rows: np.ndarray) -> tuple[np.ndarray | None, int]:
+        """`faces` and `masked` of the training views."""
+        augmentation = self.augmentation
+        if augmentation.counterfactual == 0:
+            return None, NO_LABEL
+        for key, name in (("bare", augmentation.bare), ("masked", augmentation.masked)):
+            if name not in self.classes:
+                raise UserError(
+                    f"augment.{key}={name} is none of the data's classes {', '.join(self.classes)}: "
+                    f"set augment.{key}, or augment.counterfactual=0"
+                )
+        bare = (self.table["label"].iloc[rows] == augmentation.bare).to_numpy()
+        faces = np.full((len(rows), 4), np.nan, dtype=np.float32)
+        pictures = (self.pixels[row] for row in self.cache_rows[rows[bare]])
+        names = [str(self.working_size), *self.table["sha256"].iloc[rows[bare]]]
+        faces[bare] = counterfactual.kept_faces(pictures, names, self.cache_dir)
+        return faces, self.classes.index(augmentation.masked)
 
     def eval_loader(self, split: str, batch_size: int, rank: int = 0, world_size: int = 1) -> DataLoader:
         """Evaluation views of a split in the table's order; rank r of w gets every w-th batch, so that every picture is

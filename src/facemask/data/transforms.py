@@ -86,6 +86,9 @@ class Augmentation:
         mixup_alpha: mixup's lambda comes from Beta(alpha, alpha) (Zhang et al. 2018); 0: no mixup.
         cutmix_alpha: the same for CutMix (Yun et al. 2019); with both above 0 a fair coin decides, as in DeiT.
         degrade: probability of each step of `degradation`, which follows the transform.
+        counterfactual: share of views of pictures of class `bare` in which a cloth is painted on the face, if one is
+            found (see `facemask.data.counterfactual`); over nose and mouth in half of them, and those become `masked`.
+        bare, masked: the two classes.
         small_epochs, small_size: in so many first epochs views have this side instead (progressive resolution).
     """
 
@@ -98,6 +101,9 @@ class Augmentation:
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
         degrade: float = 0.0,
+        counterfactual: float = 0.0,
+        bare: str = "without_mask",
+        masked: str = "with_mask",
         small_epochs: int = 0,
         small_size: int = 64,
     ) -> None:
@@ -108,6 +114,8 @@ class Augmentation:
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
         self.degradation = degradation(degrade) if degrade > 0 else None
+        self.counterfactual = counterfactual
+        self.bare, self.masked = bare, masked
         self.small_epochs = small_epochs
         self.small_size = small_size
 
@@ -123,6 +131,13 @@ class Augmentation:
                 pipeline.set_random_state(rng, draws)
                 view = pipeline(image=view)["image"]
         return view
+
+    def painting(self, path: str, epoch: int) -> tuple[bool, np.random.Generator] | None:
+        """Whether a view of a `bare` picture is painted, and then: whether over nose and mouth, and a generator."""
+        rng = hashed_rng(self.seed, epoch, path, "counterfactual")
+        if rng.random() >= self.counterfactual:
+            return None
+        return bool(rng.random() < 0.5), rng
 
     def resize(self, view: np.ndarray, epoch: int) -> np.ndarray:
         """A view, mixed or not, at the size that an epoch is trained at."""
