@@ -6,7 +6,8 @@ a pair are the same photograph with the same paint in it, and what differs is wh
 """
 
 import hashlib
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from filelock import FileLock
 from facemask.data.cache import writing
 from facemask.data.faces import Picture, Points, cloth_colour, fixed, interpolate, smooth
 from facemask.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SIDE = 160  # pixels of a picture's long side where faces are looked for: those under a quarter of it are not found
 VERSION = 1  # raised whenever other faces are found
@@ -39,7 +42,6 @@ def find_faces(pictures: Iterable[Picture]) -> np.ndarray:
         raise UserError("augment.counterfactual needs scikit-image: pip install 'facemask[faces]'") from error
     from threadpoolctl import threadpool_limits
 
-    found = []
     with threadpool_limits(1):  # its threads report in any order, and what they report is averaged in that order
         cascade = Cascade(lbp_frontal_face_cascade_filename())
         found = [_largest(cascade, picture) for picture in pictures]
@@ -61,7 +63,7 @@ def _largest(cascade: Any, picture: Picture) -> tuple[float, ...]:
     return (face["c"] - margin) / width, (face["r"] - margin) / height, face["width"] / width, face["height"] / height
 
 
-def kept_faces(pictures: Iterable[Picture], names: Iterable[str], cache_dir: Path) -> np.ndarray:
+def kept_faces(pictures: Iterable[Picture], names: Sequence[str], cache_dir: Path) -> np.ndarray:
     """`find_faces` of pictures that have these names (digests), read from cache_dir if they were searched before."""
     digest = hashlib.sha256("\n".join([str(VERSION), *names]).encode()).hexdigest()[:32]
     file = cache_dir / "found_faces" / f"{digest}.npy"
@@ -69,6 +71,7 @@ def kept_faces(pictures: Iterable[Picture], names: Iterable[str], cache_dir: Pat
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
             if not file.exists():
+                log.info("looking for faces in %d pictures", len(names))
                 scratch = file.with_suffix(".part.npy")
                 np.save(scratch, find_faces(pictures))
                 scratch.replace(file)

@@ -460,7 +460,7 @@ class ImageData(pl.LightningDataModule):
         bare = (self.table["label"].iloc[rows] == augmentation.bare).to_numpy()
         faces = np.full((len(rows), 4), np.nan, dtype=np.float32)
         pictures = (self.pixels[row] for row in self.cache_rows[rows[bare]])
-        names = [str(self.working_size), *self.table["sha256"].iloc[rows[bare]]]
+        names = [f"{digest} {self.working_size}" for digest in self.table["sha256"].iloc[rows[bare]]]
         faces[bare] = counterfactual.kept_faces(pictures, names, self.cache_dir)
         return faces, self.classes.index(augmentation.masked)
 
