@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -130,7 +132,9 @@ MINI: dict[str, Any] = {
         "labels": {"base": "drawn", "options": ["distill=none"]},
     },
     "runs": [{"tier": "ablation", "arms": ["hard", "labels"], "folds": [0, 1]}],
-    "contrasts": [{"kind": "primary", "arm": "hard", "reference": "labels", "question": "does the teacher help"}],
+    "contrasts": [{"kind": "primary", "arm": "hard", "reference": "labels", "question": "does the teacher help",
+                   "expected": -2}],
+    "targets": {"hard": [0.0, 1.0]},
     "same_weights": ["hard", "labels"],
     "worth": 0.01,
     "curves": [["hard", "labels"]],
@@ -195,14 +199,18 @@ def test_a_killed_study_goes_on_and_its_tables_are_compares_own_figures(tmp_path
     own = compare(records)["recipe"][-1]
     assert row["recipe"] == json.loads(json.dumps(own))
     assert own["over"] == "folds"
-    assert f"| hard - labels | does the teacher help | 2 folds | {100 * own['difference']:+.2f} [" in table
+    assert f"| hard - labels | does the teacher help | 2 folds | -2 | {100 * own['difference']:+.2f} [" in table
     assert row["pictures"]["n"] == 160  # every picture once
     per_fold = [read_record(path) for path in records]
+    hard = per_fold[1]
     right = [
         sum(r.metrics(run)["test"]["mean"]["accuracy"]["value"] * r.metrics(run)["test"]["mean"]["n"] for run in r.runs)
         for r in per_fold
     ]
     assert row["pictures"]["difference"] == pytest.approx((right[1] - right[0]) / 160)
+    mean = np.mean([hard.metrics(run)["test"]["mean"]["accuracy"]["value"] for run in hard.runs])
+    short = f"0.00 % asked, reached; 100.00 % asked, {100 * (1 - mean):.2f} points short."
+    assert re.search(rf"Target. hard is right on {100 * mean:.1f} .*% of the test pictures: {short}", table)
     assert "Negative control. hard and labels have OTHER weights." in table
     assert "Left out so far: nothing." in table
 

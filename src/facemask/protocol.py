@@ -41,8 +41,8 @@ NOTE = (
 CONTRASTS = (
     "Differences of test accuracy in points with 95 % intervals. Recipe: over folds (Nadeau and Bengio's corrected t) "
     "or over seeds on new pictures; p and detectable (in 80 % of cases, one test at 5 %) are its. Pictures: these "
-    "weights on all out-of-fold predictions; over seeds the recipe on the same pictures. Holm: over all exploratory "
-    "contrasts."
+    "weights on all out-of-fold predictions; over seeds the recipe on the same pictures. Expected: in PROTOCOL.md. "
+    "Holm: over all exploratory contrasts."
 )
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -374,7 +374,8 @@ def write_tables(spec: dict[str, Any], full: bool, experiments: Path) -> Path:
         "## Contrasts",
         "",
         *markdown(
-            ["arm - reference", "asks", "n", "recipe", "p", "p Holm", "detectable", "pictures"], list(map(_line, rows))
+            ["arm - reference", "asks", "n", "expected", "recipe", "p", "p Holm", "detectable", "pictures"],
+            list(map(_line, rows)),
         ),
         "",
         CONTRASTS,
@@ -430,6 +431,18 @@ def _findings(spec: dict[str, Any], rows: Sequence[dict[str, Any]], records: dic
         alike = set(one) <= set(other)
         names = " and ".join(spec["same_weights"])
         found.append(f"Negative control. {names} have {'the same weights, bit for bit' if alike else 'OTHER weights'}.")
+    for name, asked in spec.get("targets", {}).items():
+        if name not in records:
+            continue
+        part = records[name]
+        wanted = f"test/{part.info['reported_head']}/accuracy"
+        (claim,) = (claim for claim in part.claims if claim["claim"] == wanted)
+        verdicts = [
+            f"{100 * target:.2f} % asked, " + ("reached" if short <= 0 else f"{short:.2f} points short")
+            for target, short in ((target, 100 * (target - claim["value"])) for target in asked)
+        ]
+        reached = cell(claim, "accuracy")
+        found.append(f"Target. {name} is right on {reached} % of the test pictures: {'; '.join(verdicts)}.")
     return found
 
 
@@ -446,6 +459,7 @@ def _line(row: dict[str, Any]) -> list[str]:
         names,
         row["question"],
         many,
+        f"{row['expected']:+d}" if "expected" in row else "",
         _points(over),
         *p,
         f"{100 * over['detectable']:.2f}",
