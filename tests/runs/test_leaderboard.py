@@ -44,6 +44,23 @@ def test_tables_follow_the_records(make_record, readme):
     assert update(experiments, readme) == []
 
 
+def test_the_readme_says_what_a_study_found_and_tables_the_others_alone(make_record, readme):
+    experiments = make_record("first").parent
+    make_record("trial-one")
+    (experiments / "trial").mkdir()
+    (experiments / "trial" / "contrasts.json").write_text("[]\n")
+    found = "# trial\n\n- Primary. One is +1.00 points.\n- 1 of 1 records are made.\n\n## Arms\n"
+    (experiments / "trial" / "README.md").write_text(found)
+    update(experiments, readme)
+    text = readme.read_text()
+    assert "[trial](experiments/trial/README.md), 1 records under one protocol:\n\n- Primary. One is +1.00" in text
+    assert "- 1 of 1 records are made.\n\n| record | test accuracy |" in text
+    assert "| [first](" in text
+    assert "trial-one" not in text
+    assert "trial-one" in (experiments / "leaderboard.csv").read_text()
+    assert update(experiments, readme) == []
+
+
 def test_check_says_what_is_stale_and_writes_nothing(make_record, readme):
     experiments = make_record("first").parent
     options = ["--experiments", str(experiments), "--readme", str(readme)]

@@ -46,11 +46,8 @@ def update(experiments: Path, readme: Path, check: bool = False) -> list[Path]:
     text = readme.read_text() if readme.is_file() else ""
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise UserError(f"{readme} needs the lines {START} and {END} once, in this order")
-    links = [f"[{record.name}]({experiments.name}/{record.path.name}/README.md)" for record in records]
-    rows = [[link, *_row(record)[1:]] for link, record in zip(links, records, strict=True)]
-    table = "\n".join([*markdown(HEADER, rows), "", NOTE])
     wanted = {
-        readme: f"{text[: text.index(START)]}{START}\n{table}\n{text[text.index(END) :]}",
+        readme: f"{text[: text.index(START)]}{START}\n{_readme(experiments, records)}\n{text[text.index(END) :]}",
         experiments / "leaderboard.csv": _csv(records),
         experiments / "leaderboard.html": _page(records).render(),
     }
@@ -60,6 +57,21 @@ def update(experiments: Path, readme: Path, check: bool = False) -> list[Path]:
     for path in [] if check else stale:
         write_text(path, wanted[path])
     return stale
+
+
+def _readme(experiments: Path, records: Sequence[Record]) -> str:
+    """The README's results: what each study found, by its own page, and a table of all records of no study."""
+    lines, alone = [], list(records)
+    for page in sorted(contrasts.with_name("README.md") for contrasts in experiments.glob("*/contrasts.json")):
+        name = page.parent.name
+        mine = [record for record in alone if record.name.startswith(f"{name}-")]
+        alone = [record for record in alone if record not in mine]
+        found = [line for line in page.read_text().splitlines() if line.startswith("- ")]
+        about = f"[{name}]({experiments.name}/{name}/README.md), {len(mine)} records under one protocol:"
+        lines += [about, "", *found, ""]
+    links = [f"[{record.name}]({experiments.name}/{record.path.name}/README.md)" for record in alone]
+    rows = [[link, *_row(record)[1:]] for link, record in zip(links, alone, strict=True)]
+    return "\n".join([*lines, *markdown(HEADER, rows), "", NOTE])
 
 
 def terminal(experiments: Path) -> "Table":
