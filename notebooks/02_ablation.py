@@ -5,15 +5,18 @@
 # record holds (`facemask reproduce --all` checks them), so this notebook grows with `experiments/`.
 
 # %%
+import json
+
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from facemask.config import ROOT
 from facemask.dashboard import ablation, arms_of, by_fraction, curves, data_efficiency, forest, read_spec
 from facemask.errors import UserError
+from facemask.files import read_yaml
 from facemask.runs.compare import compare
 
-spec, arms = read_spec(), arms_of(ROOT / "experiments")
+spec, study, arms = read_spec(), read_yaml(ROOT / "conf/study.yaml"), arms_of(ROOT / "experiments")
 columns, rows = ablation(arms, spec)
 pd.DataFrame(rows, columns=columns).set_index("arm")
 
@@ -32,17 +35,20 @@ plt.show()
 # %% [markdown]
 # ## Curves by arm
 #
-# Mean over the runs of an arm, and their range.
+# Mean over the runs of an arm, and their range: records of no study, then the groups of `conf/study.yaml`.
 
 # %%
-for quantity in spec["curves"]:
-    curves(arms, quantity, colours, plt.figure(figsize=(7, 2.6), layout="constrained"))
+alone = [arm for arm in arms if not arm.name.startswith(f"{study['name']}-")]
+families = [[arm for arm in arms if arm.name.removeprefix(f"{study['name']}-") in names] for names in study["curves"]]
+for family in filter(None, [alone, *families]):
+    for quantity in spec["curves"]:
+        curves(family, quantity, colours, plt.figure(figsize=(7, 2.6), layout="constrained"))
 plt.show()
 
 # %% [markdown]
 # ## Data efficiency
 #
-# Arms that differ in `data.fraction` alone.
+# Arms that differ in `data.fraction` alone, and in how many epochs they train.
 
 # %%
 if groups := by_fraction(arms):
@@ -54,11 +60,31 @@ else:
 # %% [markdown]
 # ## Differences, paired by picture
 #
-# A row per record that was tested on the same pictures as the first of its kind: what `facemask compare` says.
+# The contrasts of the study, as `facemask study` left them, in points of test accuracy; Holm's p is corrected for all
+# exploratory ones. What each asks, and what it cannot say: `experiments/PROTOCOL.md`.
 
 # %%
-for number, first in enumerate(arms):
-    for other in arms[number + 1 :]:
+file = ROOT / "experiments" / study["name"] / "contrasts.json"
+contrasts = json.loads(file.read_text()) if file.exists() else []
+pd.DataFrame(
+    {
+        "contrast": f"{row['arm']} - {row['reference']}",
+        "kind": row["kind"],
+        "difference": f"{100 * over['difference']:+.1f} [{100 * over['low']:+.1f}, {100 * over['high']:+.1f}]",
+        "over": f"{over['runs']} {over['over']}",
+        "p": f"{over['p']:.2g}",
+        "p Holm": f"{row['p_holm']:.2g}" if "p_holm" in row else "",
+    }
+    for row in contrasts
+    for over in [row["recipe"]]
+)
+
+# %% [markdown]
+# Other records that were tested on the same pictures: what `facemask compare` says.
+
+# %%
+for number, first in enumerate(alone):
+    for other in alone[number + 1 :]:
         try:
             found = compare([ROOT / "experiments" / arm.name for arm in (first, other)], "accuracy", [], spec["split"])
         except UserError:
@@ -66,5 +92,3 @@ for number, first in enumerate(arms):
         for row in found["recipe"] or found["weights"]:
             interval = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
             print(f"{other.name} - {first.name}: {100 * row['difference']:+.1f} points {interval}")
-if len(arms) < 2:
-    print("one record: nothing to compare")

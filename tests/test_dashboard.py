@@ -2,6 +2,7 @@
 
 import re
 import socket
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -40,8 +41,8 @@ def entry(value: float, confusion: list[list[int]]) -> dict:
     return {"test": {"head": {"accuracy": accuracy, "confusion": confusion}}}
 
 
-def arm(name: str, *runs: dict, **config) -> dashboard.Arm:
-    return dashboard.Arm(name, "head", ["a", "b"], config, list(runs), [])
+def arm(name: str, *runs: dict, over: str | None = None, **config) -> dashboard.Arm:
+    return dashboard.Arm(name, "head", ["a", "b"], config, list(runs), [], over)
 
 
 def test_estimates_are_over_runs_or_over_pictures():
@@ -66,17 +67,18 @@ def test_the_table_says_what_the_record_claims(smoke, spec):
     assert mean_interval(values)["mean"] == pytest.approx(claim)
 
 
-def test_groups_arms_that_differ_in_the_fraction_alone():
+def test_groups_arms_that_differ_in_the_fraction_and_their_epochs_alone():
     facts = {"seed": 0, "model": {"name": "vit"}}
-    whole = arm("whole", **facts, data={"fraction": 1.0})
-    tenth = arm("tenth", **{**facts, "seed": 1}, data={"fraction": 0.1})
+    whole = arm("whole", **facts, data={"fraction": 1.0}, trainer={"max_epochs": 20})
+    tenth = arm("tenth", **{**facts, "seed": 1}, data={"fraction": 0.1}, trainer={"max_epochs": 80})
+    folds = arm("folds", over="fold", **facts, data={"fraction": 1.0})
     other = arm("other", **{**facts, "model": {"name": "deit"}}, data={"fraction": 0.1})
-    [group] = dashboard.by_fraction([whole, other, tenth])
+    [group] = dashboard.by_fraction([whole, folds, other, tenth])
     assert [(fraction, found.name) for fraction, found in group] == [(0.1, "tenth"), (1.0, "whole")]
 
 
 def test_the_page_holds_every_figure(smoke, spec, study, tmp_path):
-    twin = dashboard.Arm("twin", smoke.head, smoke.classes, {**smoke.config}, smoke.metrics[:1], smoke.curves[:1])
+    twin = replace(smoke, name="twin", config={**smoke.config}, metrics=smoke.metrics[:1], curves=smoke.curves[:1])
     twin.config["data"] = {**smoke.config["data"], "fraction": 0.5}
     html = dashboard.build_page([smoke, twin], [study], spec).render()
     headings = ["Ablation", "Data efficiency", "Curves by arm", "Confusion matrices", "Sweep tiny"]

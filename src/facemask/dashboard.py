@@ -35,7 +35,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ only in seed or fold; metrics and curves hold one entry for each."""
+    """Runs that differ only in seed or fold, `over`; metrics and curves hold one entry for each."""
 
     name: str
     head: str
@@ -43,6 +43,7 @@ class Arm:
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     curves: list[pd.DataFrame]
+    over: str | None = None
 
     def estimate(self, split: str, metric: str, head: str | None = None) -> dict[str, Any] | None:
         """Value with its 95 % interval: over runs (t) where there are several, else over pictures."""
@@ -70,7 +71,8 @@ def arms_of(experiments: Path, runs: Sequence[Path] = ()) -> list[Arm]:
     for record in all_records(experiments):
         metrics, curves = [record.metrics(run) for run in record.runs], [record.curves(run) for run in record.runs]
         classes = record.predictions(record.runs[0])[1]
-        arms.append(Arm(record.name, record.info["reported_head"], classes, record.config, metrics, curves))
+        head, over = record.info["reported_head"], record.info["over"]
+        arms.append(Arm(record.name, head, classes, record.config, metrics, curves, over))
     for run in runs:
         if RunFolder(run).status().get("state") != "finished":
             raise UserError(f"{run} holds no finished run: finish it with resume=true, or name another folder")
@@ -115,14 +117,15 @@ def curves(arms: Sequence[Arm], quantity: str, colours: Sequence[str], figure: "
 
 
 def by_fraction(arms: Sequence[Arm]) -> list[list[tuple[float, Arm]]]:
-    """Arms that differ in data.fraction and seeds alone, where there are two or more: [(fraction, arm)], rising."""
+    """Arms that differ in data.fraction alone, seeds and epochs aside, where there are two or more: [(fraction, arm)],
+    rising. Records over folds and over seeds are not put together."""
     found: dict[str, list[tuple[float, Arm]]] = {}
     for arm in arms:
         facts, run_dir = flat(arm.config), arm.config.get("run_dir", "$RUN_DIR")
         fraction = facts.get("data.fraction", 1.0)
-        names = ("fraction", "seed", "name", "experiment_name", "group")
+        names = ("fraction", "seed", "name", "experiment_name", "group", "max_epochs", "epochs")
         same = {k: v for k, v in facts.items() if k.split(".")[-1] not in names or k == "model.name"}
-        key = json.dumps({k: v for k, v in same.items() if run_dir not in str(v)}, sort_keys=True)
+        key = json.dumps([arm.over, {k: v for k, v in same.items() if run_dir not in str(v)}], sort_keys=True)
         found.setdefault(key, []).append((fraction, arm))
     return [sorted(group, key=lambda pair: pair[0]) for group in found.values() if len(group) > 1]
 
