@@ -110,6 +110,9 @@ def test_planned_hours_by_hand(spec):
     labels = 3 * (20 + 10 * 2100 * 0.004) / 3600
     runs = [(None, 0), (None, 1), (None, 2)]
     assert planned(config([*options, "distill=none"]), runs, plan, asked) == pytest.approx(labels)
+    growing = [*options, "distill=none", "augment.small_epochs=4", "augment.small_size=32"]
+    shorter = 3 * (20 + (6 * 0.004 + 4 * 0.001) * 2100) / 3600
+    assert planned(config(growing), runs, {**plan, "student": {64: 4.0, 32: 1.0}}, asked) == pytest.approx(shorter)
     assert planned(config([*options, "distill=hard"]), runs, plan, asked) == pytest.approx(labels + 3 * 63 / 3600)
     assert planned(config([*options, "distill=soft"]), runs, plan, asked) == pytest.approx(
         labels

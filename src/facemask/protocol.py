@@ -115,7 +115,9 @@ def planned(cfg: DictConfig, runs: Sequence[Any], plan: dict[str, Any], asked: s
     pictures = cfg.data.fraction * (0.7 * cfg.data.num_images if "num_images" in cfg.data else plan["pictures"])
     epochs, taught, seconds = cfg.trainer.max_epochs, distills(cfg), 0.0
     for run in runs:
-        each = epochs * plan["student"][cfg.model.img_size]
+        small = min(cfg.augment.get("small_epochs", 0), epochs)
+        each = (epochs - small) * plan["student"][cfg.model.img_size]
+        each += small * plan["student"][cfg.augment.small_size] if small else 0
         if taught:
             teacher, said = plan["teacher"][cfg.teacher.img_size], [cfg.data, cfg.augment, cfg.teacher]
             views = json.dumps([*map(as_plain, said), run], sort_keys=True)
