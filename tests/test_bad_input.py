@@ -100,6 +100,10 @@ CONFIG: dict[str, tuple[list[str], str]] = {
     "two sizes": (["data.img_size=32"], r"data\.img_size=32 and model\.img_size=64 differ: set model\.img_size"),
     "patch": (["model.img_size=65"], r"model\.img_size=65 is not a multiple of the patch size 16: choose 64 or 80"),
     "patch below": (["model.img_size=8"], r"choose 16 or 32"),
+    "stem of 16": (
+        ["model=vit", "model.name=vit_tiny_patch8_224", "model.patch_embed=conv_stem"],
+        r"conv_stem makes tokens of 16 pixels and vit_tiny_patch8_224 has others",
+    ),
     "patch hybrid": (["model.patch_embed=efficientnet_lite0", "model.img_size=48"], r"choose 32 or 64"),
     "lr": (["optim.lr=-1"], r"optim\.lr=-1 must be a number above 0"),
     "lr nothing": (["optim.lr="], r"optim\.lr= must be a number above 0"),

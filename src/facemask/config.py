@@ -238,6 +238,10 @@ def check(cfg: DictConfig) -> None:
             f"data.img_size={cfg.data.img_size} and model.img_size={cfg.model.img_size} differ: set model.img_size"
         )
     patch = re.search(r"patch(\d+)", name)
+    if cfg.model.patch_embed == "conv_stem" and patch and int(patch.group(1)) != 16:
+        raise UserError(
+            f"model.patch_embed=conv_stem makes tokens of 16 pixels and {name} has others: use a patch16 model"
+        )
     step = 32 if cfg.model.patch_embed == "efficientnet_lite0" else int(patch.group(1)) if patch else 1
     if cfg.model.img_size % step:
         lower = max(step, cfg.model.img_size // step * step)

@@ -399,6 +399,14 @@ class ImageData(pl.LightningDataModule):
                 f"no usable picture of {', '.join(lost)} is left in train: add pictures, or remove the class's folder"
             )
 
+        pair = ("bare", "masked") if self.augmentation.counterfactual > 0 else ()
+        for key in pair:
+            if (name := getattr(self.augmentation, key)) not in self.classes:
+                raise UserError(
+                    f"augment.{key}={name} is none of the data's classes {', '.join(self.classes)}: "
+                    f"set augment.{key}, or augment.counterfactual=0"
+                )
+
     def _class_index(self, labels: pd.Series) -> np.ndarray:
         return pd.Categorical(labels, categories=self.classes).codes.astype(np.int32)
 
@@ -451,12 +459,6 @@ class ImageData(pl.LightningDataModule):
         augmentation = self.augmentation
         if augmentation.counterfactual == 0:
             return None, NO_LABEL
-        for key, name in (("bare", augmentation.bare), ("masked", augmentation.masked)):
-            if name not in self.classes:
-                raise UserError(
-                    f"augment.{key}={name} is none of the data's classes {', '.join(self.classes)}: "
-                    f"set augment.{key}, or augment.counterfactual=0"
-                )
         bare = (self.table["label"].iloc[rows] == augmentation.bare).to_numpy()
         faces = np.full((len(rows), 4), np.nan, dtype=np.float32)
         pictures = (self.pixels[row] for row in self.cache_rows[rows[bare]])

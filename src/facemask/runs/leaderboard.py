@@ -62,12 +62,12 @@ def update(experiments: Path, readme: Path, check: bool = False) -> list[Path]:
 def _readme(experiments: Path, records: Sequence[Record]) -> str:
     """The README's results: what each study found, by its own page, and a table of all records of no study."""
     lines, alone = [], list(records)
-    for page in sorted(contrasts.with_name("README.md") for contrasts in experiments.glob("*/contrasts.json")):
+    for page in sorted(p for p in experiments.glob("*/README.md") if p.with_name("contrasts.json").exists()):
         name = page.parent.name
         mine = [record for record in alone if record.name.startswith(f"{name}-")]
         alone = [record for record in alone if record not in mine]
         found = [line for line in page.read_text().splitlines() if line.startswith("- ")]
-        about = f"[{name}]({experiments.name}/{name}/README.md), {len(mine)} records under one protocol:"
+        about = f"[{name}]({experiments.name}/{name}/README.md), {len(mine)} record(s) under one protocol:"
         lines += [about, "", *found, ""]
     links = [f"[{record.name}]({experiments.name}/{record.path.name}/README.md)" for record in alone]
     rows = [[link, *_row(record)[1:]] for link, record in zip(links, alone, strict=True)]
