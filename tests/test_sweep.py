@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ from facemask.runs.checkpoints import read_checkpoint
 from facemask.runs.sweep_page import ranked, show
 from facemask.space import distribution, read
 from facemask.study import Study, open_study
-from facemask.sweep import results
+from facemask.sweep import main, results
 from facemask.trial import Report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,6 +221,29 @@ def _check_histories(folder: Path, found: list[Any]) -> None:
         lr, decay = trial.params["optim.lr"], trial.params["optim.layer_decay"]
         state = TrialState.PRUNED if lr > 2e-3 else TrialState.FAIL if decay < 0.65 else TrialState.COMPLETE
         assert trial.state == state
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_storage_that_is_away_for_a_moment_is_asked_again_whenever_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
+    given = ["sweep=deit", f"sweep.folder={tmp_path}", "sweep.trials=2"]
+    one = study(tmp_path, "sweep.trials=2")
+    for nll in (0.5, 0.25):
+        one.tell(one.claim(True), TrialState.COMPLETE, [nll])  # type: ignore[arg-type]
+    failures, rng, read_trials = [], random.Random(seed), optuna.Study.get_trials
+
+    def sometimes(*args: Any, **more: Any) -> Any:
+        if rng.random() < 0.5:
+            failures.append(optuna.exceptions.StorageInternalError("away"))
+            raise failures[-1]
+        return read_trials(*args, **more)
+
+    monkeypatch.setattr(optuna.Study, "get_trials", sometimes)
+    monkeypatch.setattr(storages.time, "sleep", lambda seconds: None)
+    main(given)
+    assert "2 of 2 trials: 2 complete, best 0.25 (trial 1)" in capsys.readouterr().out
+    assert len(failures) > 1
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -63,13 +62,17 @@ class Workers:
                         self._train(trial, number)
                     finally:
                         self.study.mine.discard(trial.number)
-                elif not may_start or all(t.state.is_finished() for t in self.study.trials()):
+                elif not may_start or self._all_finished():
                     return
                 else:
                     self.stop.wait(2)  # one of those that others train may come free
         except Exception as error:
             self.error = UserError(f"{self.study.folder}: {DISK_FULL}") if is_disk_full(error) else error
             self.stop.set()
+
+    def _all_finished(self) -> bool:
+        trials = patiently(self.study.trials, self.study.shown)
+        return all(trial.state.is_finished() for trial in trials)
 
     def _train(self, trial: FrozenTrial, worker: int) -> None:
         """Train a trial with every seed, and tell the study how it ended; one that is interrupted is left as it is."""
@@ -204,8 +207,12 @@ def main(arguments: Sequence[str]) -> None:
     cfg = read(arguments)
     study = Study(cfg)
     workers = Workers(study, cfg.n_workers, cfg.sweep.hours)
-    trials = study.trials()
-    done = finished(trials)
+
+    def look() -> tuple[int, str]:
+        trials = study.trials()
+        return finished(trials), status(study.study, trials)
+
+    done, shown = patiently(look, study.shown)
     console.print(f"sweep     {study.name} in {study.shown}, {done} of {study.total} trials finished")
     console.print(f"runs      {study.folder}")
     if len(cfg.sweep.objectives) > 1:
@@ -221,9 +228,8 @@ def main(arguments: Sequence[str]) -> None:
             alive = True
             while alive:  # once more when all have ended
                 alive = any(thread.is_alive() for thread in workers.threads)
-                with suppress(optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError):
-                    trials = study.trials()  # the workers tell of a storage that stays away
-                    progress.update(task, completed=finished(trials), description=status(study.study, trials))
+                done, shown = patiently(look, study.shown)
+                progress.update(task, completed=done, description=shown)
                 workers.stop.wait(alive) if workers.error is None else time.sleep(0.5)
     except KeyboardInterrupt:
         workers.stop.set()
@@ -233,7 +239,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(130)
     if workers.error is not None:
         raise workers.error
-    console.print(f"{finished(trials)} of {study.total} trials: {status(study.study, trials)}")
+    console.print(f"{done} of {study.total} trials: {shown}")
     option = "" if study.url == DEFAULT_STORAGE.format(study.name) else f" --storage {study.shown}"
     console.print(f"facemask sweep show {study.name}{option}")
 
