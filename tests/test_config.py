@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import subprocess
 import sys
@@ -153,6 +154,13 @@ def test_data_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("override", ["data.fold=0", "data.fold=null", "model.depth=null", "trainer.max_epochs=null"])
 def test_what_may_be_null_or_zero(override: str) -> None:
     check(config(override))
+
+
+def test_without_scikit_image_the_mend_is_named_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"augment.counterfactual needs scikit-image: pip install 'facemask\[faces\]'"):
+        check(config("augment=robust"))
+    check(config("augment=light"))
 
 
 def test_a_defect_of_the_program_is_no_sentence() -> None:

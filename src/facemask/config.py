@@ -255,6 +255,8 @@ def check(cfg: DictConfig) -> None:
             f"augment.small_size={small} must be a multiple of the patch size {step} up to model.img_size="
             f"{cfg.model.img_size}"
         )
+    if cfg.augment.get("counterfactual", 0) and importlib.util.find_spec("skimage") is None:
+        raise UserError("augment.counterfactual needs scikit-image: pip install 'facemask[faces]'")
     if cfg.model.get("save_features", False) and (feature or not cfg.model.freeze_backbone):
         raise UserError(
             "model.save_features=true is for heads on a frozen backbone: add model.freeze_backbone=true, and choose "

@@ -1,4 +1,3 @@
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,6 @@ def test_the_face_of_a_photograph_is_found_in_shares_of_its_sides() -> None:
         assert width * across == pytest.approx(height * 260, rel=0.05)
     np.testing.assert_allclose(found[1], found[0], atol=0.03)
     assert np.isnan(found[3]).all()
-
-
-def test_without_scikit_image_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "skimage.feature", None)
-    with pytest.raises(UserError, match=r"augment.counterfactual needs scikit-image: pip install 'facemask\[faces\]'"):
-        find_faces([PORTRAIT])
 
 
 def test_a_mask_covers_nose_and_mouth_and_no_other_cloth_does() -> None:

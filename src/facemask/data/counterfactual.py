@@ -17,7 +17,6 @@ from filelock import FileLock
 
 from facemask.data.cache import writing
 from facemask.data.faces import Picture, Points, cloth_colour, fixed, interpolate, smooth
-from facemask.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +30,9 @@ def find_faces(pictures: Iterable[Picture]) -> np.ndarray:
 
     By scikit-image's cascade of local binary patterns (OpenCV's lbpcascade_frontalface, trained on other photographs).
     It is sure rather than thorough: turned and covered faces are missed.
-
-    Raises:
-        UserError: scikit-image is missing.
     """
-    try:
-        from skimage.data import lbp_frontal_face_cascade_filename
-        from skimage.feature import Cascade
-    except ImportError as error:
-        raise UserError("augment.counterfactual needs scikit-image: pip install 'facemask[faces]'") from error
+    from skimage.data import lbp_frontal_face_cascade_filename
+    from skimage.feature import Cascade
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):  # its threads report in any order, and what they report is averaged in that order
