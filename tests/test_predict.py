@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -28,7 +29,7 @@ from facemask.data.images import BadImage, centre_crop, decode, resize_short
 from facemask.errors import UserError
 from facemask.files import write_json, write_text
 from facemask.modeling.classifier import Classifier
-from facemask.predict import Model, Prediction, expand, load_model
+from facemask.predict import Model, Prediction, expand, load_model, predict_files
 from facemask.runs import predictions
 from facemask.runs.calibration import fit_temperature, softmax
 from facemask.runs.checkpoints import weights_sha256, write_checkpoint
@@ -454,6 +455,17 @@ def test_a_full_disk_is_told_in_a_sentence(run, faces):
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == "error: the disk is full; make room and give the same command again"
     assert "Traceback" not in result.stderr
+
+
+def test_a_file_of_rows_that_fills_the_disk_is_named(model, faces, tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out, plain = tmp_path / "rows.csv", Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *args, **more: Full() if path == out else plain(path, *args, **more))
+    with pytest.raises(UserError, match=rf"--out {out} is cut off: make room and choose another name"):
+        predict_files(model, [str(faces / "a.jpg")], out, "csv", None, 0.5, 1)
 
 
 @needs_pictures

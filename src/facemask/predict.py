@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from facemask.config import check, read_config
 from facemask.data.images import MAX_PIXELS, SUFFIXES, BadImage, centre_crop, decode, from_pillow, resize_short
 from facemask.devices import native_bf16
-from facemask.errors import UserError
+from facemask.errors import UserError, is_disk_full
 from facemask.evaluate import load_classifier, load_run, read_json
 from facemask.modeling.backbones import Backbone
 from facemask.modeling.classifier import Classifier
@@ -414,13 +414,18 @@ def predict_files(
     failed = []
     between_rows = out is None and sys.stdout.isatty()  # a bar would be
     bar = Progress(console=Console(stderr=True), transient=True, disable=between_rows)
-    with target as file, bar:
-        write = _table(file, model) if kind == "table" else _lines(file, model, kind)
-        for row in bar.track(rows, total=len(files), description="predicting"):
-            write(row)
-            file.flush()  # a row that was written stays, however the program ends
-            if row.problem:
-                failed.append(row)
+    try:
+        with target as file, bar:
+            write = _table(file, model) if kind == "table" else _lines(file, model, kind)
+            for row in bar.track(rows, total=len(files), description="predicting"):
+                write(row)
+                file.flush()  # a row that was written stays, however the program ends
+                if row.problem:
+                    failed.append(row)
+    except OSError as error:
+        if out is None or not is_disk_full(error):
+            raise
+        raise UserError(f"the disk is full and --out {out} is cut off: make room and choose another name") from error
     return failed
 
 
