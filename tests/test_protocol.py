@@ -17,7 +17,7 @@ import yaml
 from facemask.config import as_plain
 from facemask.errors import UserError
 from facemask.files import read_yaml
-from facemask.protocol import SPEC, Driver, config, matched_smoothing, planned, read_study
+from facemask.protocol import SPEC, Driver, _verdict, config, matched_smoothing, planned, read_study
 from facemask.runs.compare import compare
 from facemask.runs.folder import flat
 from facemask.runs.record import config_differences, read_record
@@ -212,8 +212,11 @@ def test_a_killed_study_goes_on_and_its_tables_are_compares_own_figures(tmp_path
     ]
     assert row["pictures"]["difference"] == pytest.approx((right[1] - right[0]) / 160)
     mean = np.mean([hard.metrics(run)["test"]["mean"]["accuracy"]["value"] for run in hard.runs])
-    short = f"0.00 % asked, reached; 100.00 % asked, {100 * (1 - mean):.2f} points short."
-    assert re.search(rf"Target. hard is right on {100 * mean:.1f} .*% of the test pictures: {short}", table)
+    said = rf"Target. hard is right on {100 * mean:.2f} \[.*, .*\] % of the test pictures, mean of 2 runs and its 95 % "
+    short = f"interval: 0.00 % asked, reached; 100.00 % asked, {100 * (1 - mean):.2f} points short."
+    assert re.search(said + re.escape(short), table)
+    assert _verdict(0.9, 0.8, 0.9) == "reached by the mean, not by the whole interval"
+    assert _verdict(0.9, 0.85, 0.85) == "reached"
     assert "Negative control. hard and labels have OTHER weights." in table
     assert "Left out so far: nothing." in table
 

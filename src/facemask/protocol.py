@@ -410,6 +410,12 @@ def _hours(run: dict[str, Any]) -> float:
     return run["training"]["train_runtime"] * run["hardware"]["torch_threads"] / 3600
 
 
+def _verdict(value: float, low: float, target: float) -> str:
+    if value < target:
+        return f"{100 * (target - value):.2f} points short"
+    return "reached" if low >= target else "reached by the mean, not by the whole interval"
+
+
 def _findings(spec: dict[str, Any], rows: Sequence[dict[str, Any]], records: dict[str, Record]) -> list[str]:
     """What the primary contrast and the controls say, by the rules of the protocol."""
     found = []
@@ -441,12 +447,14 @@ def _findings(spec: dict[str, Any], rows: Sequence[dict[str, Any]], records: dic
         part = records[name]
         wanted = f"test/{part.info['reported_head']}/accuracy"
         (claim,) = (claim for claim in part.claims if claim["claim"] == wanted)
-        verdicts = [
-            f"{100 * target:.2f} % asked, " + ("reached" if short <= 0 else f"{short:.2f} points short")
-            for target, short in ((target, 100 * (target - claim["value"])) for target in asked)
-        ]
-        reached = cell(claim, "accuracy")
-        found.append(f"Target. {name} is right on {reached} % of the test pictures: {'; '.join(verdicts)}.")
+        value, runs = claim["value"], len(part.info["runs"])
+        low, high = (min(1.0, max(0.0, claim.get(end, value))) for end in ("low", "high"))
+        verdicts = "; ".join(f"{100 * target:.2f} % asked, {_verdict(value, low, target)}" for target in asked)
+        reached = f"{100 * value:.2f} [{100 * low:.2f}, {100 * high:.2f}] %"
+        found.append(
+            f"Target. {name} is right on {reached} of the test pictures, mean of {runs} runs and its 95 % interval: "
+            f"{verdicts}."
+        )
     return found
 
 
