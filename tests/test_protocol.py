@@ -137,7 +137,7 @@ MINI: dict[str, Any] = {
     "runs": [{"tier": "ablation", "arms": ["hard", "labels"], "folds": [0, 1]}],
     "contrasts": [{"kind": "primary", "arm": "hard", "reference": "labels", "question": "does the teacher help",
                    "expected": -2}],
-    "targets": {"hard": [0.0, 1.0]},
+    "targets": [{"arm": "hard", "asked": [0.0, 1.0], "what": "drawn"}],
     "same_weights": ["hard", "labels"],
     "worth": 0.01,
     "curves": [["hard", "labels"]],
@@ -212,8 +212,8 @@ def test_a_killed_study_goes_on_and_its_tables_are_compares_own_figures(tmp_path
     ]
     assert row["pictures"]["difference"] == pytest.approx((right[1] - right[0]) / 160)
     mean = np.mean([hard.metrics(run)["test"]["mean"]["accuracy"]["value"] for run in hard.runs])
-    said = rf"Target. hard is right on {100 * mean:.2f} \[.*, .*\] % of the test pictures, mean of 2 runs and its 95 % "
-    short = f"interval: 0.00 % asked, reached; 100.00 % asked, {100 * (1 - mean):.2f} points short."
+    said = rf"Target. hard \(drawn\) is right on {100 * mean:.2f} \[.*, .*\] % of the test pictures, mean of 2 runs "
+    short = f"and its 95 % interval: 0.00 % asked, reached; 100.00 % asked, {100 * (1 - mean):.2f} points short."
     assert re.search(said + re.escape(short), table)
     assert _verdict(0.9, 0.8, 0.9) == "reached by the mean, not by the whole interval"
     assert _verdict(0.9, 0.85, 0.85) == "reached"

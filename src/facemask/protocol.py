@@ -410,10 +410,10 @@ def _hours(run: dict[str, Any]) -> float:
     return run["training"]["train_runtime"] * run["hardware"]["torch_threads"] / 3600
 
 
-def _verdict(value: float, low: float, target: float) -> str:
-    if value < target:
-        return f"{100 * (target - value):.2f} points short"
-    return "reached" if low >= target else "reached by the mean, not by the whole interval"
+def _verdict(value: float, low: float, asked: float) -> str:
+    if value < asked:
+        return f"{100 * (asked - value):.2f} points short"
+    return "reached" if low >= asked else "reached by the mean, not by the whole interval"
 
 
 def _findings(spec: dict[str, Any], rows: Sequence[dict[str, Any]], records: dict[str, Record]) -> list[str]:
@@ -441,7 +441,8 @@ def _findings(spec: dict[str, Any], rows: Sequence[dict[str, Any]], records: dic
         alike = set(one) <= set(other)
         names = " and ".join(spec["same_weights"])
         found.append(f"Negative control. {names} have {'the same weights, bit for bit' if alike else 'OTHER weights'}.")
-    for name, asked in spec.get("targets", {}).items():
+    for target in spec.get("targets", []):
+        name = target["arm"]
         if name not in records:
             continue
         part = records[name]
@@ -449,12 +450,10 @@ def _findings(spec: dict[str, Any], rows: Sequence[dict[str, Any]], records: dic
         (claim,) = (claim for claim in part.claims if claim["claim"] == wanted)
         value, runs = claim["value"], len(part.info["runs"])
         low, high = (min(1.0, max(0.0, claim.get(end, value))) for end in ("low", "high"))
-        verdicts = "; ".join(f"{100 * target:.2f} % asked, {_verdict(value, low, target)}" for target in asked)
+        verdicts = "; ".join(f"{100 * asked:.2f} % asked, {_verdict(value, low, asked)}" for asked in target["asked"])
         reached = f"{100 * value:.2f} [{100 * low:.2f}, {100 * high:.2f}] %"
-        found.append(
-            f"Target. {name} is right on {reached} of the test pictures, mean of {runs} runs and its 95 % interval: "
-            f"{verdicts}."
-        )
+        what = f"{name} ({target['what']}) is right on {reached} of the test pictures"
+        found.append(f"Target. {what}, mean of {runs} runs and its 95 % interval: {verdicts}.")
     return found
 
 
