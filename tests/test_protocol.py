@@ -1,3 +1,4 @@
+import datetime
 import json
 import math
 import os
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import yaml
 
+from facemask import protocol
 from facemask.config import as_plain
 from facemask.errors import UserError
 from facemask.files import read_yaml
-from facemask.protocol import SPEC, Driver, _verdict, config, matched_smoothing, planned, read_study
+from facemask.protocol import SPEC, Driver, _verdict, config, matched_smoothing, planned, read_study, write_tables
 from facemask.runs.compare import compare
 from facemask.runs.folder import flat
 from facemask.runs.record import config_differences, read_record
@@ -161,6 +164,41 @@ def test_no_worker_waits_for_the_last_run_of_an_entry(tmp_path, monkeypatch):
     Driver(spec_file, False, tmp_path / "experiments", 2, True).study(None, None)
     assert sorted(trained) == ["hard", "labels"]  # two records share a run
     assert recorded == ["hard", "labels", "hard"]
+
+
+def test_an_arm_is_trained_with_the_best_values_of_its_search_whose_cost_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec_file = tmp_path / "mini.yaml"
+    hard = {**MINI["arms"]["hard"], "sweep": {"trials": 3, "space": ["distill.alpha=interval(0.1,0.9)"]}}
+    spec_file.write_text(yaml.safe_dump({**MINI, "arms": {**MINI["arms"], "hard": hard}}))
+    driver = Driver(spec_file, False, tmp_path / "experiments", 2, True)
+    entry = next(entry for entry in driver.entries if entry.arm == "hard")
+    commands = []
+
+    def search(command: list[str], **_: Any) -> int:
+        commands.append(command)
+        folder = tmp_path / "runs" / "mini" / "sweeps" / "hard"
+        folder.mkdir(parents=True)
+        study = optuna.create_study(study_name="mini_hard", storage=f"sqlite:///{folder}/study.db")
+        begin = datetime.datetime(2026, 1, 1)
+        space = {"distill.alpha": optuna.distributions.FloatDistribution(0.1, 0.9)}
+        for number, (alpha, nll, minutes) in enumerate([(0.5, 0.4, 30), (0.2, 0.3, 60), (0.9, 0.5, 45)]):
+            study.add_trial(
+                optuna.trial.FrozenTrial(
+                    number, optuna.trial.TrialState.COMPLETE, nll, begin, begin + datetime.timedelta(minutes=minutes),
+                    {"distill.alpha": alpha}, space, {}, {}, {}, number,
+                )
+            )  # fmt: skip
+        return 0
+
+    monkeypatch.setattr(protocol, "_run", search)
+    assert driver.found(entry, True) == driver.found(entry, False) == ["distill.alpha=0.2"]
+    (command,) = commands
+    assert {"n_workers=2", "sweep.trials=3", "data.fold=0", "distill.alpha=interval(0.1,0.9)"} <= set(command)
+    kept = json.loads((tmp_path / "experiments" / "mini" / "searches.json").read_text())
+    assert kept == {"hard": {"trials": 3, "cpu_hours": 2.25}}
+    table = write_tables(driver.spec, False, tmp_path / "experiments").read_text()
+    assert "3 trials of searches on validation for 2.2." in table
 
 
 @pytest.mark.slow

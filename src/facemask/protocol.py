@@ -263,8 +263,11 @@ class Driver:
             code = _run([str(ROOT / "sweep.py"), "sweep=study", f"n_workers={self.workers}", *place, *own])
             if code != 0:
                 raise UserError(f"the sweep in {folder} ended with exit code {code}: the same command goes on from it")
-        best = ranked(open_study(name, f"sqlite:///{folder}/study.db"))[0]
-        return [f"{key}={value}" for key, value in best.params.items()]
+        searched = open_study(name, f"sqlite:///{folder}/study.db")
+        clocks = [trial.duration.total_seconds() for trial in searched.trials if trial.duration]
+        threads = config(entry.options).threads or len(os.sched_getaffinity(0))
+        self.keep("searches", {entry.arm: {"trials": len(clocks), "cpu_hours": sum(clocks) * threads / 3600}})
+        return [f"{key}={value}" for key, value in ranked(searched)[0].params.items()]
 
     def record(self, entry: Entry, folders: Sequence[Path]) -> None:
         """Write the entry's record, unless there is one of these very runs."""
@@ -287,17 +290,24 @@ class Driver:
         from facemask.evaluate import build_data
         from facemask.runs.metrics import evaluate
 
-        file = self.experiments / self.name / "pixels32.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
         for folder in folders:
             fingerprint = RunFolder(folder).provenance()["fingerprint"]
-            if fingerprint not in known:
+            if fingerprint not in _kept(self.experiments / self.name, "pixels32"):
                 data = build_data(read_config(folder / "config.yaml")["data"])
                 data.prepare(["test"])
                 numbers = evaluate(shortcut_predictions(data, 0.0), data.classes, resamples=100)
-                known[fingerprint] = numbers["test"]["pixels"]["accuracy"]["value"]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, known)
+                self.keep("pixels32", {fingerprint: numbers["test"]["pixels"]["accuracy"]["value"]})
+
+    def keep(self, what: str, facts: Mapping[str, Any]) -> None:
+        """Add to what the tables need and no record holds."""
+        folder = self.experiments / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{what}.json", {**_kept(folder, what), **facts})
+
+
+def _kept(folder: Path, what: str) -> dict[str, Any]:
+    file = folder / f"{what}.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _plain(entry: Entry) -> bool:
@@ -353,7 +363,7 @@ def write_tables(spec: dict[str, Any], full: bool, experiments: Path) -> Path:
     records = {entry.record.removeprefix(f"{name}-"): read_record(experiments / entry.record) for entry in there}
     folder = experiments / name
     folder.mkdir(parents=True, exist_ok=True)
-    small = json.loads((folder / "pixels32.json").read_text()) if (folder / "pixels32.json").exists() else {}
+    small, searches = _kept(folder, "pixels32"), _kept(folder, "searches").values()
     wanted = [c for c in spec["contrasts"] if c["arm"] in records and c["reference"] in records]
     rows = [{**c, **contrast(records[c["reference"]], records[c["arm"]])} for c in wanted]
     family = [row for row in rows if row["kind"] == "exploratory"]
@@ -371,7 +381,9 @@ def write_tables(spec: dict[str, Any], full: bool, experiments: Path) -> Path:
         "why so: [PROTOCOL.md](../PROTOCOL.md). Arms of the ablation are trained short and equal, so under-trained.",
         "",
         *(f"- {sentence}" for sentence in _findings(spec, rows, records)),
-        f"- {len(there)} of {len(every)} records are made; {len(trained)} runs trained for {hours:.1f} CPU-hours.",
+        f"- {len(there)} of {len(every)} records are made; {len(trained)} runs trained for {hours:.1f} CPU-hours, "
+        f"{sum(search['trials'] for search in searches)} trials of searches on validation for "
+        f"{sum(search['cpu_hours'] for search in searches):.1f}.",
         "",
         f"Left out so far: {left or 'nothing'}.",
         "",
