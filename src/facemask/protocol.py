@@ -1,19 +1,18 @@
 """The study of experiments/PROTOCOL.md, from conf/study.yaml: runs in order of importance, each an ordinary train.py in
-runs/<study>/<arm>/<run>; records of them; and experiments/<study>/README.md, made from records alone."""
+runs/<study>/<arm>/<run>; and records of them. The page made of these: `study_page.py`."""
 
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -21,29 +20,13 @@ from rich.console import Console
 
 from facemask.config import ROOT, as_plain, check, distills, user_sentence
 from facemask.errors import UserError
-from facemask.files import read_yaml, write_json, write_text
+from facemask.files import read_yaml, write_json
 from facemask.parent import followed
-from facemask.runs import statistics as st
-from facemask.runs.compare import compare
 from facemask.runs.folder import RunFolder
-from facemask.runs.page import markdown
-from facemask.runs.predictions import write_predictions
-from facemask.runs.record import Record, cell, read_record, record
+from facemask.runs.record import read_record, record
+from facemask.runs.study_page import kept, write_page
 
 SPEC = ROOT / "conf" / "study.yaml"
-HEADS = {"head": "class head", "head_dist": "distillation head", "mean": "mean head"}
-FLOOR = {"teacher": "teacher", "majority": "majority", "no_pixels": "no pixels"}
-NOTE = (
-    "Accuracy on test in %; in brackets 95 % intervals over folds or seeds (t), of one run over pictures. Bold: the "
-    "reported head. Teacher ≠ label: on the views that the arm was trained on. Arms on different pictures are not "
-    "comparable."
-)
-CONTRASTS = (
-    "Differences of test accuracy in points with 95 % intervals. Recipe: over folds (Nadeau and Bengio's corrected t) "
-    "or over seeds on new pictures; p and detectable (in 80 % of cases, one test at 5 %) are its. Pictures: these "
-    "weights on all out-of-fold predictions; over seeds the recipe on the same pictures. Expected: in PROTOCOL.md. "
-    "Holm: over all exploratory contrasts."
-)
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
@@ -188,7 +171,8 @@ class Driver:
                 self.entry(entry, started)
         finally:
             pool.shutdown(cancel_futures=True)
-            console.print(f"written   {write_tables(self.spec, self.full, self.experiments)}")
+            every = [entry.record for entry in self.entries]
+            console.print(f"written   {write_page(self.spec, self.name, every, self.experiments, self.curves)}")
 
     def print_plan(self, entries: Sequence[Entry]) -> None:
         """Runs left, and CPU-hours planned and spent; a run that two records share is counted once."""
@@ -266,7 +250,10 @@ class Driver:
         searched = open_study(name, f"sqlite:///{folder}/study.db")
         clocks = [trial.duration.total_seconds() for trial in searched.trials if trial.duration]
         threads = config(entry.options).threads or len(os.sched_getaffinity(0))
-        self.keep("searches", {entry.arm: {"trials": len(clocks), "cpu_hours": sum(clocks) * threads / 3600}})
+        cost = {"trials": len(clocks), "cpu_hours": sum(clocks) * threads / 3600}
+        complete = {trial.number: trial.values[0] for trial in ranked(searched)}
+        tried = [{"params": t.params, "value": complete.get(t.number)} for t in searched.trials if t.duration]
+        self.keep("searches", {entry.arm: {**cost, "tried": tried}})
         return [f"{key}={value}" for key, value in ranked(searched)[0].params.items()]
 
     def record(self, entry: Entry, folders: Sequence[Path]) -> None:
@@ -292,22 +279,25 @@ class Driver:
 
         for folder in folders:
             fingerprint = RunFolder(folder).provenance()["fingerprint"]
-            if fingerprint not in _kept(self.experiments / self.name, "pixels32"):
+            if fingerprint not in kept(self.experiments / self.name, "pixels32"):
                 data = build_data(read_config(folder / "config.yaml")["data"])
                 data.prepare(["test"])
                 numbers = evaluate(shortcut_predictions(data, 0.0), data.classes, resamples=100)
                 self.keep("pixels32", {fingerprint: numbers["test"]["pixels"]["accuracy"]["value"]})
 
+    def curves(self, names: Sequence[str]) -> str:
+        """Validation accuracy over epochs of records, as SVG."""
+        from facemask.dashboard import arms_of, curves
+        from facemask.runs.page import SERIES, plot, standalone
+
+        arms = [arm for arm in arms_of(self.experiments) if arm.name in names]
+        return standalone(plot(partial(curves, arms, "val/accuracy", SERIES)))
+
     def keep(self, what: str, facts: Mapping[str, Any]) -> None:
         """Add to what the tables need and no record holds."""
         folder = self.experiments / self.name
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{what}.json", {**_kept(folder, what), **facts})
-
-
-def _kept(folder: Path, what: str) -> dict[str, Any]:
-    file = folder / f"{what}.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+        write_json(folder / f"{what}.json", {**kept(folder, what), **facts})
 
 
 def _plain(entry: Entry) -> bool:
@@ -330,188 +320,3 @@ def _planned(entry: Entry, runs: Sequence[Any], plan: dict[str, Any], asked: set
         views = [next(iter(entry.runs.values()))] * search["trials"]
         hours += planned(config([*entry.options, *search.get("options", [])]), views, plan, asked)
     return hours
-
-
-# -- tables, from records alone ---------------------------------------------------------------------------------
-
-
-def contrast(reference: Record, arm: Record) -> dict[str, Any]:
-    """What `compare` says of two records: `recipe` (over folds; over seeds, on new pictures), and `pictures` (these
-    weights on the out-of-fold predictions of all pictures; over seeds on the same pictures)."""
-    heads = [part.info["reported_head"] for part in (reference, arm)]
-    over = compare([reference.path, arm.path], "accuracy", heads)["recipe"]
-    if over[-1]["over"] == "seeds":
-        return {"recipe": over[-1], "pictures": over[0]}
-    with tempfile.TemporaryDirectory() as scratch:
-        files = [Path(scratch) / f"{number}.parquet" for number in (0, 1)]
-        for part, file in zip((reference, arm), files, strict=True):
-            write_predictions(file, *out_of_fold(part))
-        return {"recipe": over[-1], "pictures": compare(files, "accuracy", heads, "test")["weights"][0]}
-
-
-def out_of_fold(part: Record) -> tuple[pd.DataFrame, list[str]]:
-    """The test predictions of all folds of a record as one table: every picture once."""
-    tables = [part.predictions(run) for run in part.runs]
-    frame = pd.concat([table for table, _ in tables], ignore_index=True)
-    return frame[frame["split"] == "test"].reset_index(drop=True), tables[0][1]
-
-
-def write_tables(spec: dict[str, Any], full: bool, experiments: Path) -> Path:
-    """Write experiments/<study>/README.md and contrasts.json from the records of a study; returns the former."""
-    name, every = _name(spec, full), read_study(spec, full)
-    there = [entry for entry in every if (experiments / entry.record / "record.json").exists()]
-    records = {entry.record.removeprefix(f"{name}-"): read_record(experiments / entry.record) for entry in there}
-    folder = experiments / name
-    folder.mkdir(parents=True, exist_ok=True)
-    small, searches = _kept(folder, "pixels32"), _kept(folder, "searches").values()
-    wanted = [c for c in spec["contrasts"] if c["arm"] in records and c["reference"] in records]
-    rows = [{**c, **contrast(records[c["reference"]], records[c["arm"]])} for c in wanted]
-    family = [row for row in rows if row["kind"] == "exploratory"]
-    for row, p in zip(family, st.holm([row["recipe"]["p"] for row in family]), strict=True):
-        row["p_holm"] = p
-    trained = {
-        (run["weights_sha256"], run["command"]): run for r in records.values() for run in r.info["runs"].values()
-    }
-    hours = sum(map(_hours, trained.values()))
-    left = ", ".join(entry.record.removeprefix(f"{name}-") for entry in every if entry not in there)
-    lines = [
-        f"# {name}",
-        "",
-        "Written by `facemask study` from the records beside it; nothing here is typed by hand. What was asked, and "
-        "why so: [PROTOCOL.md](../PROTOCOL.md). Arms of the ablation are trained short and equal, so under-trained.",
-        "",
-        *(f"- {sentence}" for sentence in _findings(spec, rows, records)),
-        f"- {len(there)} of {len(every)} records are made; {len(trained)} runs trained for {hours:.1f} CPU-hours, "
-        f"{sum(search['trials'] for search in searches)} trials of searches on validation for "
-        f"{sum(search['cpu_hours'] for search in searches):.1f}.",
-        "",
-        f"Left out so far: {left or 'nothing'}.",
-        "",
-        "## Contrasts",
-        "",
-        *markdown(
-            ["arm - reference", "asks", "n", "expected", "recipe", "p", "p Holm", "detectable", "pictures"],
-            list(map(_line, rows)),
-        ),
-        "",
-        CONTRASTS,
-        "",
-        "## Arms",
-        "",
-        *markdown(
-            ["", *HEADS.values(), *FLOOR.values(), "32×32", "teacher ≠ label", "n", "CPU-hours"],
-            [_arm(label, part, small) for label, part in records.items()],
-        ),
-        "",
-        NOTE,
-        "",
-    ]
-    for number, wanted_curves in enumerate(spec.get("curves", [])):
-        drawn = [entry.record for entry in there if entry.record.removeprefix(f"{name}-") in wanted_curves]
-        if drawn:
-            write_text(folder / f"curves{number}.svg", _curves(experiments, drawn))
-            lines += [f"![Validation accuracy by epoch](curves{number}.svg)", ""]
-    for row in rows:  # the pictures that a contrast decides differently are in the records
-        row["pictures"] = {key: value for key, value in row["pictures"].items() if key not in ("disagree", "lost")}
-    write_json(folder / "contrasts.json", json.loads(json.dumps(rows), parse_constant=lambda _: None))
-    write_text(folder / "README.md", "\n".join(lines))
-    return folder / "README.md"
-
-
-def _hours(run: dict[str, Any]) -> float:
-    return run["training"]["train_runtime"] * run["hardware"]["torch_threads"] / 3600
-
-
-def _verdict(value: float, low: float, asked: float) -> str:
-    if value < asked:
-        return f"{100 * (asked - value):.2f} points short"
-    return "reached" if low >= asked else "reached by the mean, not by the whole interval"
-
-
-def _findings(spec: dict[str, Any], rows: Sequence[dict[str, Any]], records: dict[str, Record]) -> list[str]:
-    """What the primary contrast and the controls say, by the rules of the protocol."""
-    found = []
-    for row in rows:
-        over, shown = row["recipe"], row["recipe"]["p"] <= st.LEVEL
-        what = f"{row['question'].capitalize()}: {row['arm']} - {row['reference']} is {_points(over)} points"
-        could = f"one of {100 * over['detectable']:.1f} points would have been, in 80 % of cases"
-        if row["kind"] == "control":
-            verdict = (
-                "shown, so the method sees gains"
-                if shown and over["difference"] > 0
-                else "NOT shown: no other null counts"
-            )
-        elif not shown:
-            verdict = f"no difference shown; {could}"
-        else:
-            large = abs(over["difference"]) >= spec["worth"]
-            verdict = "a difference worth claiming" if large else "a difference too small to be claimed"
-        if row["kind"] != "exploratory":
-            found.append(f"{row['kind'].capitalize()}. {what}: {verdict}.")
-    if all(name in records for name in spec.get("same_weights", [])):
-        one, other = ([run["weights_sha256"] for run in records[n].info["runs"].values()] for n in spec["same_weights"])
-        alike = set(one) <= set(other)
-        names = " and ".join(spec["same_weights"])
-        found.append(f"Negative control. {names} have {'the same weights, bit for bit' if alike else 'OTHER weights'}.")
-    for target in spec.get("targets", []):
-        name = target["arm"]
-        if name not in records:
-            continue
-        part = records[name]
-        wanted = f"test/{part.info['reported_head']}/accuracy"
-        (claim,) = (claim for claim in part.claims if claim["claim"] == wanted)
-        value, runs = claim["value"], len(part.info["runs"])
-        low, high = (min(1.0, max(0.0, claim.get(end, value))) for end in ("low", "high"))
-        verdicts = "; ".join(f"{100 * asked:.2f} % asked, {_verdict(value, low, asked)}" for asked in target["asked"])
-        reached = f"{100 * value:.2f} [{100 * low:.2f}, {100 * high:.2f}] %"
-        what = f"{name} ({target['what']}) is right on {reached} of the test pictures"
-        found.append(f"Target. {what}, mean of {runs} runs and its 95 % interval: {verdicts}.")
-    return found
-
-
-def _points(row: dict[str, Any]) -> str:
-    return f"{100 * row['difference']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]"
-
-
-def _line(row: dict[str, Any]) -> list[str]:
-    over = row["recipe"]
-    p = [f"{value:.2g}" if value is not None else "" for value in (over["p"], row.get("p_holm"))]
-    many = f"{over['runs']} {over['over']}"
-    names = f"{row['arm']} - {row['reference']}"
-    return [
-        names,
-        row["question"],
-        many,
-        f"{row['expected']:+d}" if "expected" in row else "",
-        _points(over),
-        *p,
-        f"{100 * over['detectable']:.2f}",
-        _points(row["pictures"]),
-    ]
-
-
-def _arm(label: str, part: Record, small: dict[str, float]) -> list[str]:
-    claims, runs = {claim["claim"]: claim for claim in part.claims}, part.info["runs"].values()
-    cells = [cell(claims.get(f"test/{head}/accuracy"), "accuracy") for head in (*HEADS, *FLOOR)]
-    reported = list(HEADS).index(part.info["reported_head"])
-    cells[reported] = f"**{cells[reported]}**"
-    pixels = [100 * small[run["fingerprint"]] for run in runs if run["fingerprint"] in small]
-    differs = claims.get("train/teacher_label_disagreement")
-    return [
-        f"[{label}](../{part.path.name}/README.md)",
-        *cells,
-        f"{sum(pixels) / len(pixels):.1f}" if pixels else "–",
-        f"{100 * differs['value']:.2f} %" if differs else "–",
-        f"{len(part.runs)} {part.info['over']}s" if part.info["over"] else "1 run",
-        f"{sum(map(_hours, runs)):.2f}",
-    ]
-
-
-def _curves(experiments: Path, names: Sequence[str]) -> str:
-    from functools import partial
-
-    from facemask.dashboard import arms_of, curves
-    from facemask.runs.page import SERIES, plot, standalone
-
-    arms = [arm for arm in arms_of(experiments) if arm.name in names]
-    return standalone(plot(partial(curves, arms, "val/accuracy", SERIES)))

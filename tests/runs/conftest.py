@@ -34,9 +34,11 @@ def photographs(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def make_run(tmp_path, photographs):
-    """make_run(seed, fold=None, name=..., dirty=False, **config) -> folder of a finished run."""
+    """make_run(seed, fold=None, name=..., dirty=False, noise=1.0, **config) -> folder of a finished run."""
 
-    def make(seed: int = 0, fold: int | None = None, name: str = "", dirty: bool = False, **more) -> Path:
+    def make(
+        seed: int = 0, fold: int | None = None, name: str = "", dirty: bool = False, noise: float = 1.0, **more
+    ) -> Path:
         folder = tmp_path / "elsewhere" / (name or f"run{seed}_{fold}")
         paths = sorted(file.relative_to(photographs).as_posix() for file in photographs.rglob("*.jpg"))
         split = pd.Series(SPLITS).sample(frac=1, random_state=7 if fold is None else fold).tolist()
@@ -77,7 +79,7 @@ def make_run(tmp_path, photographs):
         part = table[table["split"] != "train"]
         rng = np.random.default_rng(seed)
         signal = np.where(part["label"] == CLASSES[1], 1.0, -1.0)[:, None] * [-0.5, 0.5]
-        heads = {name: signal + rng.normal(size=(len(part), 2)) for name in ("head", "teacher", "no_pixels")}
+        heads = {name: signal + noise * rng.normal(size=(len(part), 2)) for name in ("head", "teacher", "no_pixels")}
         heads["majority"] = np.zeros((len(part), 2))
         columns = (part[name].tolist() for name in ("path", "split", "group", "label"))
         frame = assemble(*columns, heads, CLASSES)
@@ -99,7 +101,7 @@ def make_run(tmp_path, photographs):
                 "not_in_split_file": 0,
             },
             "distillation": {"teacher_label_disagreement": 0.1, "student_teacher_agreement": 0.8},
-            "training": {"epoch": 1.0, "parameters": 7, "precision": "32-true"},
+            "training": {"epoch": 1.0, "train_runtime": 1800.0, "parameters": 7, "precision": "32-true"},
             "notes": [f"weights of {folder}/checkpoints/best.ckpt"],
         }
         write_json(folder / "summary.json", summary)

@@ -53,7 +53,7 @@ def test_the_readme_says_what_a_study_found_and_tables_the_others_alone(make_rec
     (experiments / "trial" / "README.md").write_text(found)
     update(experiments, readme)
     text = readme.read_text()
-    assert "[trial](experiments/trial/README.md), 1 record(s) under one protocol:\n\n- Primary. One is +1.00" in text
+    assert "[trial](experiments/trial/README.md), records under one protocol:\n\n- Primary. One is +1.00" in text
     assert "- 1 of 1 records are made.\n\n| record | test accuracy |" in text
     assert "| [first](" in text
     assert "trial-one" not in text

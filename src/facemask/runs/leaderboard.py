@@ -67,7 +67,7 @@ def _readme(experiments: Path, records: Sequence[Record]) -> str:
         mine = [record for record in alone if record.name.startswith(f"{name}-")]
         alone = [record for record in alone if record not in mine]
         found = [line for line in page.read_text().splitlines() if line.startswith("- ")]
-        about = f"[{name}]({experiments.name}/{name}/README.md), {len(mine)} record(s) under one protocol:"
+        about = f"[{name}]({experiments.name}/{name}/README.md), records under one protocol:"
         lines += [about, "", *found, ""]
     links = [f"[{record.name}]({experiments.name}/{record.path.name}/README.md)" for record in alone]
     rows = [[link, *_row(record)[1:]] for link, record in zip(links, alone, strict=True)]
@@ -111,7 +111,7 @@ def _csv(records: Sequence[Record]) -> str:
 
 
 def _page(records: Sequence[Record]) -> Page:
-    page = Page("Records", f"{len(records)} record(s); facemask reproduce checks each")
+    page = Page("Records", "facemask reproduce checks each")
     page.heading("Leaderboard")
     page.table(HEADER, [_row(record) for record in records], NOTE)
     for record in records:

@@ -1,0 +1,71 @@
+import json
+from typing import Any
+
+import pytest
+
+from facemask.data.splits import fingerprint
+from facemask.errors import UserError
+from facemask.runs.compare import compare
+from facemask.runs.predictions import read_predictions, write_predictions
+from facemask.runs.record import Record, read_record, record
+from facemask.runs.study_page import contrast, on_new_pictures, reached, verdict, write_page
+
+
+@pytest.mark.parametrize(
+    ("kind", "difference", "half", "p", "said"),
+    [
+        ("primary", 0.05, 0.03, 0.01, "a difference worth claiming, by its whole interval"),
+        ("primary", -0.05, 0.045, 0.01, "a difference worth claiming, by its estimate, not its whole interval"),
+        ("primary", 0.009, 0.001, 0.01, "a difference too small to be claimed"),
+        ("primary", 0.05, 0.06, 0.051, "no difference shown; one of 7.0 points would have been"),
+        ("control", 0.05, 0.03, 0.01, "shown, so such gains are seen; one of 7.0 points"),
+        ("control", -0.05, 0.03, 0.01, "NOT shown, so no other null counts"),
+        ("control", 0.05, 0.06, 0.3, "NOT shown, so no other null counts"),
+    ],
+)
+def test_verdicts(kind, difference, half, p, said):
+    ends = {"low": difference - half, "high": difference + half}
+    row = {"kind": kind, "recipe": {"difference": difference, **ends, "p": p, "detectable": 0.07}}
+    assert verdict(row, 0.01).startswith(said)
+    assert verdict({**row, "p_holm": 0.3}, 0.01).startswith("NOT shown" if kind == "control" else "no difference shown")
+
+
+def test_reached():
+    assert reached(0.9, 0.8, 0.9, 100) == "reached by the mean (by less than one picture), not by the whole interval"
+    assert reached(0.92, 0.8, 0.9, 100) == "reached by the mean, not by the whole interval"
+    assert reached(0.9, 0.8, 0.9, 0) == "reached by the mean, not by the whole interval"
+    assert reached(0.9, 0.85, 0.85, 100) == "reached"
+    assert reached(0.9, 0.85, 0.95, 100) == "5.00 points short"
+
+
+def test_a_contrast_that_is_not_made_counts_in_holms_family_and_other_pictures_are_refused(make_run, tmp_path):
+    def made(name: str, **more: Any) -> Record:
+        runs = [make_run(seed, name=f"{name}{seed}", **more) for seed in (0, 1, 2)]
+        return read_record(record(runs, f"mini-{name}", tmp_path, fingerprint))
+
+    reference, arm = made("labels", noise=2.0), made("hard", noise=0.5)
+    pair = {"kind": "exploratory", "arm": "hard", "reference": "labels", "question": "q"}
+    spec = {"contrasts": [pair, {**pair, "arm": "never"}, {**pair, "arm": "neither"}], "worth": 0.01,
+            "same_weights": ["hard", "labels"]}  # fmt: skip
+    planned = ["mini-hard", "mini-labels", "mini-never"]
+    page = write_page(spec, "mini", planned, tmp_path, lambda names: "").read_text()
+    (row,) = json.loads((tmp_path / "mini" / "contrasts.json").read_text())
+    own = {line["on"]: line for line in compare([reference.path, arm.path])["recipe"]}
+    assert row["recipe"]["p"] == own["new pictures"]["p"] < 0.3
+    assert row["p_holm"] == 3 * row["recipe"]["p"]
+    assert row["same"]["difference"] == own["same pictures"]["difference"] > 0
+    assert "- Exploratory: 1 of 3 contrasts are made, 0 shown" in page
+    shared = "3 runs trained for 3.0 CPU-hours"  # of the same command and weights: the same runs in both
+    assert f"- 2 of 3 records are made; {shared}, 0 trials" in page
+    assert "Left out so far: never." in page
+    assert "Negative control. hard and labels have the same weights, bit for bit." in page
+    (low, high), n = on_new_pictures(arm, "head")
+    claim = next(claim for claim in arm.claims if claim["claim"] == "test/head/accuracy")
+    assert n == 16
+    assert low < claim["low"] < min(1, claim["high"]) <= high  # pictures add to the spread over seeds
+
+    file = arm.path / "runs" / "seed1" / "predictions.parquet"
+    frame, classes = read_predictions(file)
+    write_predictions(file, frame.drop(frame.index[frame["split"] == "test"][0]), classes)
+    with pytest.raises(UserError, match="mini-hard and mini-labels were not tested on the same pictures"):
+        contrast(reference, arm)
