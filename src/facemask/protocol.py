@@ -1,5 +1,5 @@
 """The study of experiments/PROTOCOL.md, from conf/study.yaml: runs in order of importance, each an ordinary train.py in
-runs/<study>/<arm>/<run>; and records of them. The page made of these: `study_page.py`."""
+runs/<study>/<arm>/<run>; and records of them. The page made of these: `runs/study_page.py`."""
 
 import json
 import os

@@ -115,7 +115,7 @@ def write_page(
         "[PROTOCOL.md](../PROTOCOL.md). Arms of the ablation are trained equally short, so under-trained.",
         "",
         *(f"- {sentence}" for sentence in _findings(spec, rows, records)),
-        f"- Exploratory: {len(family)} of {size} contrasts are made, {_shown(spec, family)}.",
+        f"- Exploratory: {len(family)} of {size} contrasts are made, {_shown(family)}.",
         f"- {len(there)} of {len(planned)} records are made; {len(trained)} runs trained for "
         f"{sum(map(_hours, trained.values())):.1f} CPU-hours, {sum(s['trials'] for s in searches.values())} trials of "
         f"searches on validation for {sum(s['cpu_hours'] for s in searches.values()):.1f} more.",
@@ -218,7 +218,7 @@ def _percent(part: Record, head: str | None = None) -> float | None:
     return next((100 * claim["value"] for claim in part.claims if claim["claim"] == wanted), None)
 
 
-def _shown(spec: Mapping[str, Any], family: Sequence[dict[str, Any]]) -> str:
+def _shown(family: Sequence[dict[str, Any]]) -> str:
     names = [
         f"{row['arm']} - {row['reference']} {_points(row['recipe'])}" for row in family if row["p_holm"] <= st.LEVEL
     ]
@@ -351,7 +351,7 @@ def _searches(searches: Mapping[str, Any]) -> list[str]:
     params = list(dict.fromkeys(key for _, _, trial in trials for key in trial["params"]))
     rows = []
     for arm, number, trial in trials:
-        value = "pruned" if trial["value"] is None else f"{trial['value']:.4f}"
+        value = "not completed" if trial["value"] is None else f"{trial['value']:.4f}"
         value = f"**{value}**" if trial["value"] is not None and trial["value"] == best[arm] else value
         values = [f"{trial['params'][key]:.3g}" if key in trial["params"] else "" for key in params]
         rows.append([arm, str(number), *values, value])
