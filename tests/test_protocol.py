@@ -274,3 +274,12 @@ def test_a_killed_study_goes_on_and_its_tables_are_compares_own_figures(tmp_path
     monkeypatch.setenv("FACEMASK_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="holds a run of another config"):
         Driver(spec_file, False, Path("experiments"), 1, True).study(None, None)
+
+
+def test_the_pinned_best_run_is_that_of_the_record(monkeypatch):
+    monkeypatch.setenv("FACEMASK_DATA", "/data")
+    recorded = read_yaml(protocol.ROOT / "experiments" / "study-best_distilled" / "config.yaml")
+    pinned = as_plain(config(["experiment=facemask_best", "run_dir=runs/one"]))
+    places = ("cache_dir", "ledger", "dirpath", "data.root", "data.split", "data.manifest")
+    other = [key for key in config_differences(pinned, recorded) if not key.endswith(places)]
+    assert {key.split(".")[0] for key in other} <= {"name", "experiment_name", "run_dir", "resume", "logger"}, other

@@ -44,9 +44,11 @@ def test_a_contrast_that_is_not_made_counts_in_holms_family_and_other_pictures_a
         return read_record(record(runs, f"mini-{name}", tmp_path, fingerprint))
 
     reference, arm = made("labels", noise=2.0), made("hard", noise=0.5)
-    pair = {"kind": "exploratory", "arm": "hard", "reference": "labels", "question": "q"}
+    pair = {"kind": "exploratory", "arm": "hard", "reference": "labels", "grid": ["10 %", "ImageNet", "hard"]}
+    pair["expected"] = 2
+    described = {"arm": "hard", "reference": "labels", "expected": [None, 0], "question": "other pictures"}
     spec = {"contrasts": [pair, {**pair, "arm": "never"}, {**pair, "arm": "neither"}], "worth": 0.01,
-            "same_weights": ["hard", "labels"]}  # fmt: skip
+            "described": [described, {**described, "arm": "never"}], "same_weights": ["hard", "labels"]}  # fmt: skip
     planned = ["mini-hard", "mini-labels", "mini-never"]
     page = write_page(spec, "mini", planned, tmp_path, lambda names: "").read_text()
     (row,) = json.loads((tmp_path / "mini" / "contrasts.json").read_text())
@@ -58,6 +60,17 @@ def test_a_contrast_that_is_not_made_counts_in_holms_family_and_other_pictures_a
     shared = "3 runs trained for 3.0 CPU-hours"  # of the same command and weights: the same runs in both
     assert f"- 2 of 3 records are made; {shared}, 0 trials" in page
     assert "Left out so far: never." in page
+    assert "| hard - labels | 10 %, ImageNet, hard | 3 seeds | +2 |" in page
+    levels = [next(c["value"] for c in part.claims if c["claim"] == "test/head/accuracy") for part in (reference, arm)]
+    points = 100 * (levels[1] - levels[0])
+    ends = [100 * row["recipe"][key] for key in ("low", "high")]
+    cell = f"+2 → {points:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]"
+    assert "| pictures, teacher | labels alone | hard |\n" in page
+    assert f"| 10 %, ImageNet | {100 * levels[0]:.1f} % | {cell} |\n" in page
+    assert f"{int(ends[0] <= 2 <= ends[1])} of 1 intervals hold what was expected" in page
+    assert page.count("- Described.") == 1
+    said = f"hard {100 * levels[1]:.1f} %, labels {100 * levels[0]:.1f} %, {points:+.1f} points, expected 0 or less;"
+    assert f"- Described. Other pictures: {said} on other test pictures, so not tested." in page
     assert "Negative control. hard and labels have the same weights, bit for bit." in page
     (low, high), n = on_new_pictures(arm, "head")
     claim = next(claim for claim in arm.claims if claim["claim"] == "test/head/accuracy")

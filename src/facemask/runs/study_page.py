@@ -1,6 +1,7 @@
 """experiments/<study>/README.md and contrasts.json, from the records of a study and the list of its runs alone."""
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,10 @@ ARMS = (
 )
 COLUMNS = ["arm - reference", "asks", "n", "expected", "recipe", "p", "p Holm", "detectable", "verdict"]
 COLUMNS += ["these weights", "same pictures"]
+GRID = (
+    "Gain of test accuracy over the same number of pictures with labels alone, in points: expected (PROTOCOL.md) → "
+    "measured, over seeds on new pictures, with its 95 % interval, not corrected; bold where shown by Holm's p. "
+)
 CONTRASTS = (
     "Differences of test accuracy in points with 95 % intervals. Recipe: over folds (Nadeau and Bengio's corrected t, "
     "n_test/n_train as 1/(K - 1); all folds have one seed, so the spread over seeds is not in it) or over seeds on new "
@@ -96,7 +101,8 @@ def write_page(
     folder = experiments / name
     folder.mkdir(parents=True, exist_ok=True)
     small, searches = kept(folder, "pixels32"), kept(folder, "searches")
-    made = [pair for pair in spec["contrasts"] if pair["arm"] in records and pair["reference"] in records]
+    asked = ({"question": ", ".join(pair.get("grid", [])), **pair} for pair in spec["contrasts"])
+    made = [pair for pair in asked if pair["arm"] in records and pair["reference"] in records]
     rows = [{**pair, **contrast(records[pair["reference"]], records[pair["arm"]])} for pair in made]
     family = [row for row in rows if row["kind"] == "exploratory"]
     size = sum(pair["kind"] == "exploratory" for pair in spec["contrasts"])
@@ -129,6 +135,7 @@ def write_page(
         CONTRASTS,
         "",
         *_by_head(rows, records),
+        *_grid(rows, records),
         "## Arms",
         "",
         *markdown(
@@ -179,8 +186,21 @@ def _findings(spec: Mapping[str, Any], rows: Sequence[dict[str, Any]], records: 
         alike = all(other.get(at) == weights for at, weights in one.items())
         say = "the same weights, bit for bit" if alike else "OTHER weights"
         found.append(f"Negative control. {' and '.join(names)} have {say}.")
+    described = [pair for pair in spec.get("described", []) if {pair["arm"], pair["reference"]} <= records.keys()]
     targets = [target for target in spec.get("targets", []) if target["arm"] in records]
+    found += [_described(pair, records[pair["arm"]], records[pair["reference"]]) for pair in described]
     return found + [_target(target, records[target["arm"]]) for target in targets]
+
+
+def _described(pair: Mapping[str, Any], arm: Record, reference: Record) -> str:
+    """Two arms that were tested on different pictures."""
+    levels = {pair[key]: _percent(part) or math.nan for key, part in (("arm", arm), ("reference", reference))}
+    less = levels[pair["arm"]] - levels[pair["reference"]]
+    return (
+        f"Described. {pair['question'][0].upper()}{pair['question'][1:]}: {pair['arm']} {levels[pair['arm']]:.1f} %, "
+        f"{pair['reference']} {levels[pair['reference']]:.1f} %, {less:+.1f} points, expected {_expected(pair)}; on "
+        "other test pictures, so not tested."
+    )
 
 
 def verdict(row: Mapping[str, Any], worth: float) -> str:
@@ -283,7 +303,7 @@ def _expected(row: Mapping[str, Any]) -> str:
     low, *high = (f"{end:+d}" if end else "0" for end in ends if end is not None)
     if len(ends) == 1:
         return low
-    return f"{low} to {high[0]}" if high else f"{low} or more"
+    return f"{low} to {high[0]}" if high else f"{low} or {'less' if ends[0] is None else 'more'}"
 
 
 def _line(row: Mapping[str, Any], worth: float) -> list[str]:
@@ -316,6 +336,37 @@ def _by_head(rows: Sequence[Mapping[str, Any]], records: Mapping[str, Record]) -
                 for found in [contrast(*pair, head)["recipe"]]]  # fmt: skip
         lines += [f"By head, {row['arm']} - {row['reference']}: {'; '.join(each)}.", ""]
     return lines
+
+
+def _grid(rows: Sequence[Mapping[str, Any]], records: Mapping[str, Record]) -> list[str]:
+    """When does distillation help: what was expected and found by pictures, teacher and kind."""
+    cells = {tuple(row["grid"]): row for row in rows if "grid" in row}
+    if not cells:
+        return []
+    pictures, teachers, kinds = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
+    lines, held = [], 0
+    for part in pictures:
+        for teacher in teachers:
+            line = []
+            for kind in kinds:
+                if row := cells.get((part, teacher, kind)):
+                    held += row["recipe"]["low"] <= row["expected"] / 100 <= row["recipe"]["high"]
+                    said = _points(row["recipe"])
+                    line.append(f"{_expected(row)} → {f'**{said}**' if row['p_holm'] <= st.LEVEL else said}")
+                else:
+                    line.append("–")
+            found = (row["reference"] for key, row in cells.items() if key[:2] == (part, teacher))
+            labels = next((f"{_percent(records[name]):.1f} %" for name in found), "–")
+            lines.append([f"{part}, {teacher}", labels, *line])
+    counted = f"{held} of {len(cells)} intervals hold what was expected; wide ones hold much."
+    return [
+        "## When does it help",
+        "",
+        *markdown(["pictures, teacher", "labels alone", *kinds], lines),
+        "",
+        GRID + counted,
+        "",
+    ]
 
 
 def _arm(label: str, part: Record, small: Mapping[str, float]) -> list[str]:
