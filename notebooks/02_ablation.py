@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from facemask.config import ROOT
-from facemask.dashboard import ablation, arms_of, by_fraction, curves, data_efficiency, forest, read_spec
+from facemask.dashboard import ablation, arms_of, by_fraction, curves, data_efficiency, families, forest, read_spec
 from facemask.errors import UserError
 from facemask.files import read_yaml
 from facemask.runs.compare import compare
@@ -38,11 +38,11 @@ plt.show()
 # Mean over the runs of an arm, and their range: records of no study, then the groups of `conf/study.yaml`.
 
 # %%
-alone = [arm for arm in arms if not arm.name.startswith(f"{study['name']}-")]
-families = [[arm for arm in arms if arm.name.removeprefix(f"{study['name']}-") in names] for names in study["curves"]]
-for family in filter(None, [alone, *families]):
+for title, family in families(arms, study).items():
     for quantity in spec["curves"]:
-        curves(family, quantity, colours, plt.figure(figsize=(7, 2.6), layout="constrained"))
+        figure = plt.figure(figsize=(8, 2.6), layout="constrained")
+        curves(family, quantity, colours, figure)
+        figure.suptitle(f"arms {title}")
 plt.show()
 
 # %% [markdown]
@@ -52,7 +52,7 @@ plt.show()
 
 # %%
 if groups := by_fraction(arms):
-    data_efficiency(groups, spec["split"], "accuracy", colours, plt.figure(figsize=(7, 3), layout="constrained"))
+    data_efficiency(groups, spec["split"], "accuracy", colours, plt.figure(figsize=(8, 3), layout="constrained"))
     plt.show()
 else:
     print("no record has a twin of another data.fraction")
@@ -83,6 +83,7 @@ pd.DataFrame(
 # Other records that were tested on the same pictures: what `facemask compare` says.
 
 # %%
+alone = families(arms, study).get("of no study", [])
 for number, first in enumerate(alone):
     for other in alone[number + 1 :]:
         try:

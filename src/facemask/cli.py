@@ -727,17 +727,18 @@ def study(
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan alone: runs left, CPU-hours.")] = False,
     tables: Annotated[bool, Option("--tables", help="Train nothing; tables of the records there are.")] = False,
     workers: Annotated[int, Option(min=1, help="Runs side by side; each has one thread.")] = 2,
+    missing: Annotated[bool, Option("--missing", help="Leave out what has a record, whoever trained it.")] = False,
     spec: Annotated[Path | None, Option(help="Another list of runs than conf/study.yaml.")] = None,
     allow_dirty: AllowDirty = False,
     experiments: Experiments = EXPERIMENTS,
 ) -> None:
-    """Train what is missing of the study in experiments/PROTOCOL.md, record it, compare; goes on after a kill."""
+    """Train the runs of the study in experiments/PROTOCOL.md, record and compare them; goes on after a kill."""
     from facemask import protocol
 
     if root is not None and not root.is_dir():
         raise UserError(f"{root} is no folder of pictures")
     full = tier == "full"
-    driver = protocol.Driver(spec or protocol.SPEC, full, experiments, workers, allow_dirty)
+    driver = protocol.Driver(spec or protocol.SPEC, full, experiments, workers, allow_dirty, missing)
     driver.study(root, None if full else tier, dry_run, tables)
 
 

@@ -2,7 +2,7 @@
 workspace and report of a Weights & Biases project."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import optuna
     from matplotlib.figure import Figure
 
-SPEC = ROOT / "conf" / "dashboard.yaml"
+SPEC, STUDY = ROOT / "conf" / "dashboard.yaml", ROOT / "conf" / "study.yaml"
 BESIDE = {"teacher": "teacher, %", "no_pixels": "no pixels, %"}
 NOTE = (
     "95 % intervals: over an arm's runs (t) where it has several, else over pictures. Arms on different pictures are "
@@ -105,15 +105,30 @@ def forest(arms: Sequence[Arm], split: str, metric: str, colour: str, ink: str, 
 def curves(arms: Sequence[Arm], quantity: str, colours: Sequence[str], figure: "Figure") -> None:
     """Mean over the runs of each arm, by epoch, and their range."""
     axes = figure.subplots()
-    for arm, colour in zip(arms, np.resize(colours, len(arms)), strict=True):
+    for place, arm in enumerate(arms):
+        colour, line = _look(place, colours)
         runs = [run.dropna(subset=quantity).set_index("epoch")[quantity] for run in arm.curves if quantity in run]
         if runs:
             table = pd.concat(runs, axis=1)
-            axes.plot(table.index, table.mean(axis=1), color=colour, label=arm.name)
+            axes.plot(table.index, table.mean(axis=1), line, color=colour, label=arm.name)
             axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="epoch", ylabel=quantity)
     if axes.lines:
-        axes.legend()
+        figure.legend(loc="outside right center")
+
+
+def _look(place: int, colours: Sequence[str]) -> tuple[str, str]:
+    """Colour and style of a line; no two of 18 are alike in six colours."""
+    return colours[place % len(colours)], ("-", "--", ":")[place // len(colours) % 3]
+
+
+def families(arms: Sequence[Arm], study: Mapping[str, Any]) -> dict[str, list[Arm]]:
+    """Arms that one figure can show: those of no study, then the `curves` of conf/study.yaml."""
+    own = f"{study['name']}-"
+    found = {"of no study": [arm for arm in arms if not arm.name.startswith(own)]}
+    for title, names in study["curves"].items():
+        found[title] = [arm for arm in arms if arm.name.startswith(own) and arm.name.removeprefix(own) in names]
+    return {title: part for title, part in found.items() if part}
 
 
 def by_fraction(arms: Sequence[Arm]) -> list[list[tuple[float, Arm]]]:
@@ -135,14 +150,17 @@ def data_efficiency(
 ) -> None:
     """A metric over the fraction of the training pictures."""
     axes = figure.subplots()
-    for group, colour in zip(groups, np.resize(colours, len(groups)), strict=True):
+    for place, group in enumerate(groups):
+        colour, line = _look(place, colours)
         known = [(fraction, estimate) for fraction, arm in group if (estimate := arm.estimate(split, metric))]
-        axes.plot([f for f, _ in known], [e["value"] for _, e in known], "o-", color=colour, label=group[-1][1].name)
+        axes.plot(
+            [f for f, _ in known], [e["value"] for _, e in known], f"o{line}", color=colour, label=group[-1][1].name
+        )
         for fraction, e in known:
             if e["low"] is not None:
                 axes.plot([fraction, fraction], [e["low"], e["high"]], color=colour)
     axes.set(xscale="log", xlabel="fraction of the training pictures", ylabel=f"{split} {metric}")
-    axes.legend()
+    figure.legend(loc="outside right center")
 
 
 # -- the page ---------------------------------------------------------------------------------------------------
@@ -181,8 +199,10 @@ def build_page(arms: Sequence[Arm], studies: Sequence["optuna.Study"], spec: dic
         page.heading("Data efficiency")
         page.figure(plot(partial(data_efficiency, groups, split, spec["forest"][0], SERIES)), "Arms by data.fraction.")
     page.heading("Curves by arm")
-    for quantity in spec["curves"]:
-        page.figure(plot(partial(curves, arms, quantity, SERIES)), f"{quantity}: mean and range of an arm's runs")
+    for title, family in families(arms, read_yaml(STUDY)).items():
+        for quantity in spec["curves"]:
+            draw = partial(curves, family, quantity, SERIES)
+            page.figure(plot(draw), f"{quantity}, arms {title}: mean and range of an arm's runs")
     page.heading("Confusion matrices")
     for arm in arms:
         page.confusion(arm.confusion(split).tolist(), arm.classes, f"{arm.name}: {arm.head}, all runs")

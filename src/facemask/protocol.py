@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from facemask.files import read_yaml, write_json
 from facemask.parent import followed
 from facemask.runs.folder import RunFolder
 from facemask.runs.record import read_record, record
-from facemask.runs.study_page import kept, write_page
+from facemask.runs.study_page import kept, own_options, write_page
 
 SPEC = ROOT / "conf" / "study.yaml"
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -40,15 +41,15 @@ class Entry:
     options: list[str]
     runs: dict[str, tuple[int | None, int]]
     about: dict[str, Any]
+    last: list[str]  # of the options, those of the GPU edition
 
 
 def read_study(spec: dict[str, Any], full: bool = False) -> list[Entry]:
     """All entries, most important first; `full`: with the options of the GPU edition, as another study."""
 
-    def resolve(arm: str) -> tuple[str, list[str]]:
+    def base_of(arm: str) -> str:
         about = spec["arms"][arm]
-        base, options = resolve(about["like"]) if "like" in about else (about["base"], [])
-        return base, [*options, *about.get("options", [])]
+        return base_of(about["like"]) if "like" in about else about["base"]
 
     found = []
     for part in spec["runs"]:
@@ -56,12 +57,14 @@ def read_study(spec: dict[str, Any], full: bool = False) -> list[Entry]:
         runs = {f"fold{f}_seed{s}" if f is not None else f"seed{s}": (f, s) for f in folds for s in seeds}
         suffix = "-seeds" if folds == [0] else ""
         for arm in part["arms"]:
-            base, own = resolve(arm)
-            options = [*spec["bases"][base], *(spec["full"].get(base, []) if full else []), *own]
+            base, own = base_of(arm), own_options(spec, arm)
+            larger = spec["full"].get(base, []) if full else []
+            last = spec["full_arms"].get(arm, []) if full else []
+            options = [*spec["bases"][base], *larger, *own, *last]
             if any(option.startswith("data.split=") for option in own) and folds != [None]:
                 raise UserError(f"{arm} has a split of its own: give it seeds, and no folds")
             name = f"{_name(spec, full)}-{arm}{suffix}"
-            found.append(Entry(name, arm, part["tier"], options, runs, spec["arms"][arm]))
+            found.append(Entry(name, arm, part["tier"], options, runs, spec["arms"][arm], [*larger, *last]))
     return found
 
 
@@ -131,6 +134,7 @@ class Driver:
     experiments: Path
     workers: int = 2
     allow_dirty: bool = False
+    missing_alone: bool = False
 
     def __post_init__(self) -> None:
         self.spec = read_yaml(self.spec_file)
@@ -148,13 +152,17 @@ class Driver:
             tables: train nothing; tables of the records there are.
 
         Raises:
-            UserError: uncommitted code, a run that failed, or a list that has changed since its runs were trained.
+            UserError: uncommitted code; entries whose runs failed, or whose options have changed since they were
+                trained, after all others are done.
         """
         from facemask.runs.provenance import code_and_versions
 
+        start = time.monotonic()
         if data is not None:
             os.environ["FACEMASK_DATA"] = str(data.absolute())
         entries = [entry for entry in self.entries if tier in (None, entry.tier) and not tables]
+        if self.missing_alone:
+            entries = [entry for entry in entries if not (self.experiments / entry.record / "record.json").exists()]
         if entries:
             self.print_plan(entries)
         if dry_run:
@@ -162,17 +170,28 @@ class Driver:
         if entries and not self.allow_dirty and code_and_versions()[0]["git"]["dirty"]:
             raise UserError("the code has changes that are in no commit: commit them first, or give --allow-dirty")
         pool, started = ThreadPoolExecutor(self.workers), dict[Path, Future[None]]()
+        failed = []
         try:
             for place, entry in enumerate(entries):
                 for next_one in takewhile(_plain, entries[place:]):  # so that no worker waits for the last of an entry
                     for folder, at in self.missing(next_one).items():
                         if folder not in started:
                             started[folder] = pool.submit(self.train, folder, next_one.options, *at)
-                self.entry(entry, started)
+                try:
+                    self.entry(entry, started)
+                except UserError as error:  # an arm that diverges, say, must not keep the others from being trained
+                    failed.append(entry.record)
+                    console.print(f"failed    {entry.record}: {error}")
         finally:
             pool.shutdown(cancel_futures=True)
-            every = [entry.record for entry in self.entries]
-            console.print(f"written   {write_page(self.spec, self.name, every, self.experiments, self.curves)}")
+        every = [entry.record for entry in self.entries]
+        console.print(f"written   {write_page(self.spec, self.name, every, self.experiments, self.curves)}")
+        if entries:
+            hours = sum(spent(folder) or 0.0 for folder in {f for entry in entries for f in self.runs(entry)})
+            took = (time.monotonic() - start) / 3600
+            console.print(f"took      {took:.2f} hours now; {hours:.1f} CPU-hours of training in all finished runs")
+        if failed:
+            raise UserError(f"{', '.join(failed)}: not recorded, see above; the same command tries them again")
 
     def print_plan(self, entries: Sequence[Entry]) -> None:
         """Runs left, and CPU-hours planned and spent; a run that two records share is counted once."""
@@ -186,8 +205,10 @@ class Driver:
             hours[entry.tier] = hours.get(entry.tier, 0.0) + expected
             done += sum(hour or 0.0 for hour in took)
             left = f"{took.count(None)} of {len(took)} runs left"
-            console.print(f"plan      {entry.tier:9s} {entry.record:32s} {left}, {expected:5.2f} CPU-hours")
-        console.print("planned   " + ", ".join(f"{tier} {hour:.1f}" for tier, hour in hours.items()) + " CPU-hours")
+            cost = "" if self.full else f", {expected:5.2f} CPU-hours"  # known for tiny networks alone
+            console.print(f"plan      {entry.tier:9s} {entry.record:32s} {left}{cost}")
+        if not self.full:
+            console.print("planned   " + ", ".join(f"{tier} {hour:.1f}" for tier, hour in hours.items()) + " CPU-hours")
         console.print(f"spent     {done:.1f} CPU-hours of training in the runs that are finished")
 
     def runs(self, entry: Entry) -> dict[Path, tuple[int | None, int]]:
@@ -240,7 +261,7 @@ class Driver:
         if missing:
             own = [option for option in entry.options if not option.startswith("evaluate.splits=")]
             own += ["data.fold=0"] if any(fold == 0 for fold, _ in entry.runs.values()) else []
-            own += [*search.get("space", []), *search.get("options", [])]
+            own += [*search.get("space", []), *search.get("options", []), *entry.last]
             # in a sweep's config ${data.root} would stand for something of its own
             own = [option.replace("${data.root}", os.environ.get("FACEMASK_DATA", "")) for option in own]
             place = [f"sweep.name={name}", f"sweep.folder={folder}", f"sweep.trials={search['trials']}"]
@@ -257,7 +278,7 @@ class Driver:
         return [f"{key}={value}" for key, value in ranked(searched)[0].params.items()]
 
     def record(self, entry: Entry, folders: Sequence[Path]) -> None:
-        """Write the entry's record, unless there is one of these very runs."""
+        """Write the entry's record, unless there is one: then say whether these runs have its weights."""
         from facemask.data.splits import fingerprint
 
         target = self.experiments / entry.record
@@ -266,8 +287,9 @@ class Driver:
             record(folders, entry.record, self.experiments, fingerprint, self.allow_dirty, selection)
             console.print(f"recorded  {target}")
         weights = {json.loads((folder / "summary.json").read_text())["weights_sha256"] for folder in folders}
-        if weights != {run["weights_sha256"] for run in read_record(target).info["runs"].values()}:
-            raise UserError(f"{target} is of other runs than those in {folders[0].parent}: remove one of the two")
+        same = weights == {run["weights_sha256"] for run in read_record(target).info["runs"].values()}
+        if not same:
+            console.print(f"kept      {target}: its weights are others; --experiments DIR makes records of these runs")
         self.small_pictures(folders)
 
     def small_pictures(self, folders: Sequence[Path]) -> None:

@@ -154,10 +154,28 @@ def test_code_that_nobody_has_is_recorded_only_on_request(make_run, tmp_path):
     assert "with the changes in diff.patch" in (target / "README.md").read_text()
 
 
+def test_runs_of_the_same_code_at_two_commits_are_one_record_and_of_other_code_are_not(make_run, tmp_path):
+    runs = [make_run(seed) for seed in (0, 1)]
+
+    def put(**git):
+        file = runs[1] / "provenance.json"
+        facts = json.loads(file.read_text())
+        facts["git"] |= git
+        file.write_text(json.dumps(facts))
+
+    put(commit="d" * 40)
+    info = json.loads((record(runs, "mine", tmp_path / "e", fingerprint) / "record.json").read_text())
+    assert info["git"]["commit"] == "c" * 40
+    put(trees=["other"])
+    with pytest.raises(UserError, match=r"differ in git\.commit, git\.trees"):
+        record(runs, "other", tmp_path / "e", fingerprint)
+
+
 def test_code_that_git_does_not_know_is_dirty_and_in_the_diff(tmp_path, monkeypatch):
     package = tmp_path / "src" / "facemask" / "runs"
     package.mkdir(parents=True)
     (package / "a.py").write_text("old\n")
+    (tmp_path / "README.md").write_text("old results")
 
     def git(*arguments):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
@@ -168,6 +186,7 @@ def test_code_that_git_does_not_know_is_dirty_and_in_the_diff(tmp_path, monkeypa
     monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "record.json").write_text("{}")
+    (tmp_path / "README.md").write_text("new results")
     software, diff = provenance.code_and_versions()
     assert (software["git"]["dirty"], diff) == (False, "")
     (tmp_path / "src" / "new.py").write_text("brand new\n")

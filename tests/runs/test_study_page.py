@@ -6,9 +6,10 @@ import pytest
 from facemask.data.splits import fingerprint
 from facemask.errors import UserError
 from facemask.runs.compare import compare
+from facemask.runs.findings import contrast, on_new_pictures, reached, verdict
 from facemask.runs.predictions import read_predictions, write_predictions
 from facemask.runs.record import Record, read_record, record
-from facemask.runs.study_page import contrast, on_new_pictures, reached, verdict, write_page
+from facemask.runs.study_page import write_page
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,9 @@ def test_verdicts(kind, difference, half, p, said):
     row = {"kind": kind, "recipe": {"difference": difference, **ends, "p": p, "detectable": 0.07}}
     assert verdict(row, 0.01).startswith(said)
     assert verdict({**row, "p_holm": 0.3}, 0.01).startswith("NOT shown" if kind == "control" else "no difference shown")
+    assert verdict({**row, "p_holm": p}, 0.01).endswith("correction") == (said.startswith("no"))
+    whole = said.endswith("by its whole interval")
+    assert verdict({**row, "p_holm": p}, 0.01).endswith("which is not corrected") == whole
 
 
 def test_reached():
@@ -40,14 +44,22 @@ def test_reached():
 
 def test_a_contrast_that_is_not_made_counts_in_holms_family_and_other_pictures_are_refused(make_run, tmp_path):
     def made(name: str, **more: Any) -> Record:
-        runs = [make_run(seed, name=f"{name}{seed}", **more) for seed in (0, 1, 2)]
+        how = {"model": {"img_size": 32}, "trainer": {"max_epochs": 2}}
+        runs = [make_run(seed, name=f"{name}{seed}", **how, **more) for seed in (0, 1, 2)]
         return read_record(record(runs, f"mini-{name}", tmp_path, fingerprint))
 
     reference, arm = made("labels", noise=2.0), made("hard", noise=0.5)
     pair = {"kind": "exploratory", "arm": "hard", "reference": "labels", "grid": ["10 %", "ImageNet", "hard"]}
     pair["expected"] = 2
-    described = {"arm": "hard", "reference": "labels", "expected": [None, 0], "question": "other pictures"}
+    described = {
+        "arm": "hard",
+        "reference": "labels",
+        "expected": [None, 0],
+        "hypothesis": "H6",
+        "question": "other pictures",
+    }
     spec = {"contrasts": [pair, {**pair, "arm": "never"}, {**pair, "arm": "neither"}], "worth": 0.01,
+            "targets": [{"arm": "hard", "asked": [0.01], "predicted": [0, 0.02], "what": "noise"}],
             "described": [described, {**described, "arm": "never"}], "same_weights": ["hard", "labels"]}  # fmt: skip
     planned = ["mini-hard", "mini-labels", "mini-never"]
     page = write_page(spec, "mini", planned, tmp_path, lambda names: "").read_text()
@@ -57,10 +69,11 @@ def test_a_contrast_that_is_not_made_counts_in_holms_family_and_other_pictures_a
     assert row["p_holm"] == 3 * row["recipe"]["p"]
     assert row["same"]["difference"] == own["same pictures"]["difference"] > 0
     assert "- Exploratory: 1 of 3 contrasts are made, 0 shown" in page
-    shared = "3 runs trained for 3.0 CPU-hours"  # of the same command and weights: the same runs in both
+    shared = "their 3 runs trained for 3.0 CPU-hours"  # of the same command and weights: the same runs in both
     assert f"- 2 of 3 records are made; {shared}, 0 trials" in page
     assert "Left out so far: never." in page
-    assert "| hard - labels | 10 %, ImageNet, hard | 3 seeds | +2 |" in page
+    assert "Predicted: below 2.00 %; that was wrong. 1.00 % asked, reached." in page
+    assert "| hard - labels | 10 %, ImageNet, hard | no difference shown | 3 seeds | +2 |" in page
     levels = [next(c["value"] for c in part.claims if c["claim"] == "test/head/accuracy") for part in (reference, arm)]
     points = 100 * (levels[1] - levels[0])
     ends = [100 * row["recipe"][key] for key in ("low", "high")]
@@ -68,10 +81,10 @@ def test_a_contrast_that_is_not_made_counts_in_holms_family_and_other_pictures_a
     assert "| pictures, teacher | labels alone | hard |\n" in page
     assert f"| 10 %, ImageNet | {100 * levels[0]:.1f} % | {cell} |\n" in page
     assert f"{int(ends[0] <= 2 <= ends[1])} of 1 intervals hold what was expected" in page
-    assert page.count("- Described.") == 1
+    assert page.count("1. H6.") == 1
     said = f"hard {100 * levels[1]:.1f} %, labels {100 * levels[0]:.1f} %, {points:+.1f} points, expected 0 or less;"
-    assert f"- Described. Other pictures: {said} on other test pictures, so not tested." in page
-    assert "Negative control. hard and labels have the same weights, bit for bit." in page
+    assert f"1. H6. Other pictures: {said} on other test pictures, so not tested." in page
+    assert "Negative control. hard and labels have the same weights, bit for bit (seed 0, seed 1, seed 2)." in page
     (low, high), n = on_new_pictures(arm, "head")
     claim = next(claim for claim in arm.claims if claim["claim"] == "test/head/accuracy")
     assert n == 16

@@ -107,9 +107,10 @@ def format_cell(value: Cell) -> str:
     return str(value)
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, its first column to the left."""
-    return ["| " + " | ".join(row) + " |" for row in (columns, ["---", *["---:"] * (len(columns) - 1)], *rows)]
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a Markdown table, its first columns to the left, the others to the right."""
+    rule = ["---" if place < left else "---:" for place in range(len(columns))]
+    return ["| " + " | ".join(row) + " |" for row in (columns, rule, *rows)]
 
 
 def render(template: str, **facts: Any) -> str:

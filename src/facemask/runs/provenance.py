@@ -51,8 +51,9 @@ def code_and_versions() -> tuple[dict[str, Any], str]:
     root = Path(__file__).resolve().parents[3]
     commit = _git(root, "rev-parse", "HEAD").strip()
     trees = _git(root, "rev-parse", "HEAD:src", "HEAD:conf", "HEAD:train.py").split()
-    # records and their tables are no code: they are written after a run, and tell nothing about the next
-    diff = _git(root, "diff", "--binary", "HEAD", "--", ":/", ":/!experiments")
+    # records and what is made of them are no code: they are written after a run, and tell nothing about the next
+    made = (":/!experiments", ":/!notebooks", ":/!README.md")
+    diff = _git(root, "diff", "--binary", "HEAD", "--", ":/", *made)
     untracked = _git(root, "ls-files", "--others", "--exclude-standard", "--", "src", "conf", "*.py").splitlines()
     diff += "".join(_git(root, "diff", "--binary", "--no-index", "--", "/dev/null", name) for name in untracked)
     software = {

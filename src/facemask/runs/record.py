@@ -368,6 +368,8 @@ def _named(parts: list[_Run]) -> dict[str, _Run]:
     for part in others:
         keys = set(config_differences(first.config, part.config)) - MAY_DIFFER
         keys |= {f"git.{key}" for key in config_differences(first.provenance["git"], part.provenance["git"])}
+        if {"git.commit"} == {key for key in keys if key.startswith("git.")} and first.provenance["git"].get("trees"):
+            keys -= {"git.commit"}  # a commit of records or tests, between two runs of the same code
         # a package that joined the environment between two runs is no other version
         old, new = first.provenance["versions"], part.provenance["versions"]
         keys |= {f"versions.{name}" for name in old.keys() & new.keys() if old[name] != new[name]}

@@ -1,87 +1,73 @@
 """experiments/<study>/README.md and contrasts.json, from the records of a study and the list of its runs alone."""
 
 import json
-import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
-from facemask.errors import UserError
 from facemask.files import write_json, write_text
 from facemask.runs import statistics as st
-from facemask.runs.compare import compare
-from facemask.runs.folder import flat
+from facemask.runs.findings import (
+    FLOOR,
+    HEADS,
+    expected,
+    findings,
+    hypotheses,
+    made,
+    points,
+    reported,
+    small_pixels,
+    trained,
+    verdict,
+)
 from facemask.runs.page import markdown
-from facemask.runs.predictions import logits, write_predictions
 from facemask.runs.record import Record, cell, read_record
 
-HEADS = {"head": "class head", "head_dist": "distillation head", "mean": "mean head"}
-FLOOR = {"teacher": "teacher", "majority": "majority", "no_pixels": "no pixels"}
+ABOUT = (
+    "Written by `facemask study` from the records beside it, and from what no record holds (`pixels32.json`: forests "
+    "on 32×32 pixels; `searches.json`); nothing here is typed by hand. What was asked, why so, and what this cannot "
+    "show: [PROTOCOL.md](../PROTOCOL.md). What each arm is: [below](#what-the-arms-are). A name with `-seeds` is a "
+    "record over seeds of fold 0; the same name without it, over five folds. Arms of the ablation are trained equally "
+    "short, so under-trained: what they say holds for short training from nothing."
+)
 ARMS = (
     "Accuracy on test in %. In brackets 95 % intervals: over folds (t, not corrected for the training pictures that "
     "folds share, so too narrow), over seeds (t, on these pictures), of one run over pictures. Bold: the reported "
     "head. Teacher ≠ label: how often the teacher's decision is not the class with the larger share of the label, on "
-    "the views that the arm was trained on, mixed ones too. Arms on different pictures are not comparable. CPU-hours: "
-    "wall time × threads, on machines that did other work, too; a run that two records share counts in both."
-)
-COLUMNS = ["arm - reference", "asks", "n", "expected", "recipe", "p", "p Holm", "detectable", "verdict"]
-COLUMNS += ["these weights", "same pictures"]
-GRID = (
-    "Gain of test accuracy over the same number of pictures with labels alone, in points: expected (PROTOCOL.md) → "
-    "measured, over seeds on new pictures, with its 95 % interval, not corrected; bold where shown by Holm's p. "
+    "the views that the arm was trained on; DeiT's recipe mixes two pictures in every view, so this is no error rate "
+    "of the teacher, which is its own column. Arms of different tables are not comparable. CPU-hours: wall time × "
+    "threads, on machines that did other work, too; a run that two records share counts in both; an arm that is "
+    "trained later takes the teacher's answers on views that an earlier one asked about, and costs less."
 )
 CONTRASTS = (
-    "Differences of test accuracy in points with 95 % intervals. Recipe: over folds (Nadeau and Bengio's corrected t, "
-    "n_test/n_train as 1/(K - 1); all folds have one seed, so the spread over seeds is not in it) or over seeds on new "
-    "pictures; p, detectable and the verdict are of this column. These weights: on the out-of-fold predictions of all "
-    "pictures, sign-flip p. Same pictures: over seeds. Expected: in PROTOCOL.md. Detectable: found in 80 % of cases by "
-    "one test at 5 %, from the spread that was seen. Holm: over all exploratory contrasts of the list; one that is not "
-    "made yet counts as p = 1."
+    "Differences of test accuracy in points with 95 % intervals, not corrected. Recipe: over folds (Nadeau and "
+    "Bengio's corrected t, n_test/n_train as 1/(K - 1); all folds have one seed, so the spread over seeds is not in "
+    "it) or over seeds on new pictures; p, detectable and the verdict are of this column. Expected: in PROTOCOL.md. "
+    "Detectable: found in 80 % of cases by one test at 5 %, without Holm's correction, from the spread that was seen."
+    " Holm: over all exploratory contrasts of the list; one that is not made yet counts as p = 1."
 )
-
-
-def contrast(reference: Record, arm: Record, head: str | None = None) -> dict[str, Any]:
-    """What `compare` says of two records: `recipe`, over folds, or over seeds on new pictures; beside it
-    `weights`, these weights on the out-of-fold predictions of all pictures, or `same`, over seeds on the same ones.
-
-    Raises:
-        UserError: the records are of different pictures.
-    """
-    heads = [head or part.info["reported_head"] for part in (reference, arm)]
-    over = {row["on"]: row for row in compare([reference.path, arm.path], "accuracy", heads)["recipe"]}
-    for row in over.values():
-        del row["p_holm"]  # of a family of one
-    other = UserError(f"{arm.name} and {reference.name} were not tested on the same pictures")
-    if over["same pictures"]["over"] == "seeds":
-        if "new pictures" not in over:
-            raise other
-        return {"recipe": over["new pictures"], "same": over["same pictures"]}
-    with tempfile.TemporaryDirectory() as scratch:
-        files = [Path(scratch) / f"{number}.parquet" for number in (0, 1)]
-        for part, file in zip((reference, arm), files, strict=True):
-            write_predictions(file, *out_of_fold(part))
-        (weights,) = compare(files, "accuracy", heads, "test")["weights"]
-    if any(weights.pop("lost").values()):
-        raise other
-    del weights["p_holm"], weights["disagree"]  # which pictures: in the records
-    return {"recipe": over["same pictures"], "weights": weights}
-
-
-def out_of_fold(part: Record) -> tuple[pd.DataFrame, list[str]]:
-    """The test predictions of all folds of a record as one table: every picture once."""
-    tables = [part.predictions(run) for run in part.runs]
-    frame = pd.concat([table for table, _ in tables], ignore_index=True)
-    return frame[frame["split"] == "test"].reset_index(drop=True), tables[0][1]
+BESIDE = (
+    "The same differences on other terms. These weights: on the out-of-fold predictions of all pictures, with a "
+    "sign-flip p over groups of near-duplicates (0.0002 is the least there is). Same pictures: over seeds, as if there "
+    "were no others."
+)
+GRID = (
+    "Gain of test accuracy over labels alone on the same pictures, in points: expected (PROTOCOL.md) → measured, over "
+    "seeds on new pictures, with its 95 % interval, not corrected; bold where shown by Holm's p. Fewer pictures are "
+    "trained on for more epochs (25 %: 2 times, 10 %: 4 times)."
+)
 
 
 def kept(folder: Path, what: str) -> dict[str, Any]:
     """What the tables need and no record holds."""
     file = folder / f"{what}.json"
     return json.loads(file.read_text()) if file.exists() else {}
+
+
+def own_options(spec: Mapping[str, Any], arm: str) -> list[str]:
+    """The options in which an arm differs from its base."""
+    about = spec["arms"][arm]
+    return [*(own_options(spec, about["like"]) if "like" in about else []), *about.get("options", [])]
 
 
 def write_page(
@@ -95,247 +81,135 @@ def write_page(
         planned: names of its records, most important first.
         experiments: folder of all records.
         draw: names of records -> their curves over epochs, as SVG.
+
+    Raises:
+        UserError: two records of a contrast are of different pictures.
     """
     there = [record for record in planned if (experiments / record / "record.json").exists()]
     records = {record.removeprefix(f"{name}-"): read_record(experiments / record) for record in there}
     folder = experiments / name
     folder.mkdir(parents=True, exist_ok=True)
     small, searches = kept(folder, "pixels32"), kept(folder, "searches")
-    asked = ({"question": ", ".join(pair.get("grid", [])), **pair} for pair in spec["contrasts"])
-    made = [pair for pair in asked if pair["arm"] in records and pair["reference"] in records]
-    rows = [{**pair, **contrast(records[pair["reference"]], records[pair["arm"]])} for pair in made]
-    family = [row for row in rows if row["kind"] == "exploratory"]
-    size = sum(pair["kind"] == "exploratory" for pair in spec["contrasts"])
-    known = [row["recipe"]["p"] for row in family]
-    for row, p in zip(family, st.holm([*known, *[1.0] * (size - len(known))]), strict=False):
-        row["p_holm"] = p
-    trained = {
-        (run["weights_sha256"], run["command"]): run for r in records.values() for run in r.info["runs"].values()
-    }
+    asked = [{"question": ", ".join(pair.get("grid", [])), **pair} for pair in spec["contrasts"]]
+    rows = made(asked, records)
     left = ", ".join(record.removeprefix(f"{name}-") for record in planned if record not in there)
     lines = [
         f"# {name}",
         "",
-        "Written by `facemask study` from the records beside it, and from what no record holds (`pixels32.json`: "
-        "forests on 32×32 pixels; `searches.json`); nothing here is typed by hand. What was asked, and why so: "
-        "[PROTOCOL.md](../PROTOCOL.md). Arms of the ablation are trained equally short, so under-trained.",
+        ABOUT,
         "",
-        *(f"- {sentence}" for sentence in _findings(spec, rows, records)),
-        f"- Exploratory: {len(family)} of {size} contrasts are made, {_shown(family)}.",
-        f"- {len(there)} of {len(planned)} records are made; {len(trained)} runs trained for "
-        f"{sum(map(_hours, trained.values())):.1f} CPU-hours, {sum(s['trials'] for s in searches.values())} trials of "
-        f"searches on validation for {sum(s['cpu_hours'] for s in searches.values()):.1f} more.",
+        *(f"- {sentence}" for sentence in findings(spec, rows, records, small)),
+        f"- Exploratory: {_family(asked, rows)}.",
+        f"- {_degenerate(records)}",
+        f"- {len(there)} of {len(planned)} records are made; {_cost(spec, records, searches)}.",
         "",
         f"Left out so far: {left or 'nothing'}.",
         "",
+    ]
+    if found := [*hypotheses(spec, rows, records, small)]:
+        lines += ["## Hypotheses", "", "H1 is the primary contrast, H5 the grid, H7 the targets.", ""]
+        lines += [*(f"1. {sentence}" for sentence in found), ""]
+    lines += [
+        *_grid(rows, records),
         "## Contrasts",
         "",
-        *markdown(COLUMNS, [_line(row, spec["worth"]) for row in rows]),
+        *markdown(COLUMNS, [_line(row, spec["worth"]) for row in rows], left=3),
         "",
         CONTRASTS,
         "",
-        *_by_head(rows, records),
-        *_grid(rows, records),
+        *_notes(rows),
+        *markdown(["arm - reference", "these weights", "same pictures"], [_beside(row) for row in rows], left=3),
+        "",
+        BESIDE,
+        "",
         "## Arms",
         "",
-        *markdown(
-            ["", *HEADS.values(), *FLOOR.values(), "32×32", "teacher ≠ label", "n", "CPU-hours"],
-            [_arm(label, part, small) for label, part in records.items()],
-        ),
-        "",
+        *_arms(records, small),
         ARMS,
         "",
+        *_glossary(spec, records),
         *_searches(searches),
     ]
-    for number, arms in enumerate(spec.get("curves", [])):
+    for number, (title, arms) in enumerate(spec.get("curves", {}).items()):
         drawn = [record for record in there if record.removeprefix(f"{name}-") in arms]
         if drawn:
             write_text(folder / f"curves{number}.svg", draw(drawn))
-            lines += [f"![Validation accuracy by epoch](curves{number}.svg)", ""]
+            lines += [f"![Validation accuracy by epoch: {title}](curves{number}.svg)", ""]
+            lines += [f"Validation accuracy by epoch, mean and range of an arm's runs: {title}.", ""]
     write_json(folder / "contrasts.json", json.loads(json.dumps(rows), parse_constant=lambda _: None))
     write_text(folder / "README.md", "\n".join(lines))
     return folder / "README.md"
 
 
-# -- sentences --------------------------------------------------------------------------------------------------
+# -- sums -------------------------------------------------------------------------------------------------------
 
 
-def _findings(spec: Mapping[str, Any], rows: Sequence[dict[str, Any]], records: Mapping[str, Record]) -> list[str]:
-    """What the primary contrast, the controls and the targets say, by the rules of the protocol."""
-    found = []
-    for row in rows:
-        if row["kind"] == "exploratory" and not row.get("told"):
-            continue
-        over, arm, reference = row["recipe"], records[row["arm"]], records[row["reference"]]
-        what = f"{row['question'][0].upper()}{row['question'][1:]}: {row['arm']} - {row['reference']} is "
-        what += f"{_points(over)} points over {over['runs']} {over['over']}"
-        if over["over"] == "folds":
-            what += f" at seed {', '.join(sorted({str(run['seed']) for run in arm.info['runs'].values()}))}"
-        what += f", expected {text}" if (text := _expected(row)) else ""
-        what += f", Holm's p {row['p_holm']:.2g}" if "p_holm" in row else ""
-        found.append(
-            f"{row['kind'].capitalize()}. {what}: {verdict(row, spec['worth'])}. {_levels(row, arm, reference)}"
-        )
-        found[-1] += f" {row['note']}" if "note" in row else ""
-    names = spec["same_weights"]
-    if all(name in records for name in names):
-        one, other = (
-            {(run["seed"], run["fold"]): run["weights_sha256"] for run in records[name].info["runs"].values()}
-            for name in names
-        )
-        alike = all(other.get(at) == weights for at, weights in one.items())
-        say = "the same weights, bit for bit" if alike else "OTHER weights"
-        found.append(f"Negative control. {' and '.join(names)} have {say}.")
-    described = [pair for pair in spec.get("described", []) if {pair["arm"], pair["reference"]} <= records.keys()]
-    targets = [target for target in spec.get("targets", []) if target["arm"] in records]
-    found += [_described(pair, records[pair["arm"]], records[pair["reference"]]) for pair in described]
-    return found + [_target(target, records[target["arm"]]) for target in targets]
+def _family(asked: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
+    size = sum(pair["kind"] == "exploratory" for pair in asked)
+    family = [row for row in rows if row["kind"] == "exploratory"]
+    names = [
+        f"{row['arm']} - {row['reference']} {points(row['recipe'])}" for row in family if row["p_holm"] <= st.LEVEL
+    ]
+    of = "shown by Holm's p, which counts those that are not made yet as p = 1"
+    return f"{len(family)} of {size} contrasts are made, {len(names)} {of}{': ' * bool(names)}{', '.join(names)}"
 
 
-def _described(pair: Mapping[str, Any], arm: Record, reference: Record) -> str:
-    """Two arms that were tested on different pictures."""
-    levels = {pair[key]: _percent(part) or math.nan for key, part in (("arm", arm), ("reference", reference))}
-    less = levels[pair["arm"]] - levels[pair["reference"]]
+def _degenerate(records: Mapping[str, Record]) -> str:
+    """Whether a hard teacher hardly differs from the labels, by the rule of the protocol."""
+    alike = [
+        name
+        for name, part in records.items()
+        if any(r["teacher"].get("degenerate") for r in part.info["runs"].values())
+    ]
+    rule = "Degenerate, because teacher and label differ on less than 0.5 % of the views"
+    return f"{rule}: {', '.join(alike)}: trained on labels." if alike else f"{rule}: no hard arm."
+
+
+def _cost(spec: Mapping[str, Any], records: Mapping[str, Record], searches: Mapping[str, Any]) -> str:
+    """What the runs of the records took, each run once."""
+    runs = [run for part in records.values() for run in part.info["runs"].values()]
+    once = {(run["weights_sha256"], run["command"]): _hours(run) for run in runs}
+    of = f"; {spec['budget']} were planned for all of them" if "budget" in spec else ""
     return (
-        f"Described. {pair['question'][0].upper()}{pair['question'][1:]}: {pair['arm']} {levels[pair['arm']]:.1f} %, "
-        f"{pair['reference']} {levels[pair['reference']]:.1f} %, {less:+.1f} points, expected {_expected(pair)}; on "
-        "other test pictures, so not tested."
+        f"their {len(once)} runs trained for {sum(once.values()):.1f} CPU-hours, "
+        f"{sum(s['trials'] for s in searches.values())} trials of searches on validation for "
+        f"{sum(s['cpu_hours'] for s in searches.values()):.1f} more{of}"
     )
 
 
-def verdict(row: Mapping[str, Any], worth: float) -> str:
-    """By the protocol: shown at 5 % (an exploratory contrast by Holm's p), and claimed from the size `worth` on."""
-    over = row["recipe"]
-    could = f"{100 * over['detectable']:.1f} points"
-    shown = row.get("p_holm", over["p"]) <= st.LEVEL
-    if row["kind"] == "control":
-        if not (shown and over["difference"] > 0):
-            return "NOT shown, so no other null counts"
-        return (
-            f"shown, so such gains are seen; one of {could} would have been in 80 % of cases, of less it says nothing"
-        )
-    if not shown:
-        return f"no difference shown; one of {could} would have been, in 80 % of cases of a single test"
-    if abs(over["difference"]) < worth:
-        return "a difference too small to be claimed"
-    whole = min(abs(over["low"]), abs(over["high"])) >= worth
-    return f"a difference worth claiming, by its {'whole interval' if whole else 'estimate, not its whole interval'}"
-
-
-def _levels(row: Mapping[str, Any], arm: Record, reference: Record) -> str:
-    """How good both arms of a contrast are, and after what training."""
-    config = flat(arm.config)
-    values = {row["arm"]: _percent(arm), row["reference"]: _percent(reference), "no pixels": _percent(arm, "no_pixels")}
-    said = ", ".join(f"{name} {value:.1f} %" for name, value in values.items() if value is not None)
-    small = config.get("augment.small_epochs", 0)
-    first = f", the first {small} at {config['augment.small_size']} px" if small else ""
-    return f"{said}; {config['trainer.max_epochs']} epochs at {config['model.img_size']} px{first}."
-
-
-def _percent(part: Record, head: str | None = None) -> float | None:
-    """Test accuracy of a head (the reported one) or of what stands for a head; None where there is none."""
-    wanted = f"test/{head or part.info['reported_head']}/accuracy"
-    return next((100 * claim["value"] for claim in part.claims if claim["claim"] == wanted), None)
-
-
-def _shown(family: Sequence[dict[str, Any]]) -> str:
-    names = [
-        f"{row['arm']} - {row['reference']} {_points(row['recipe'])}" for row in family if row["p_holm"] <= st.LEVEL
-    ]
-    of = "shown by Holm's p, which counts those that are not made yet as p = 1"
-    return f"{len(names)} {of}{': ' * bool(names)}{', '.join(names)}"
-
-
-def _target(target: Mapping[str, Any], part: Record) -> str:
-    head = part.info["reported_head"]
-    (claim,) = (claim for claim in part.claims if claim["claim"] == f"test/{head}/accuracy")
-    value, low, high = (min(1.0, max(0.0, claim.get(key, claim["value"]))) for key in ("value", "low", "high"))
-    what = f"Target. {target['arm']} ({target['what']}) is right on {100 * value:.2f} % of the test pictures"
-    n = 0
-    if part.info["over"]:
-        what += f", mean of {len(part.runs)} {part.info['over']}s; 95 % interval [{100 * low:.2f}, {100 * high:.2f}]"
-    if part.info["over"] == "seed":
-        ends, n = on_new_pictures(part, head)
-        what += f" on these pictures, [{100 * ends[0]:.2f}, {100 * ends[1]:.2f}] on new ones"
-    if "predicted" in target:
-        least, most = target["predicted"]
-        said = f"below {100 * most:.2f} %" if least == 0 else f"over {100 * least:.2f} %"
-        what += f". Predicted: {said}, {'so it is' if least <= value <= most else 'which was wrong'}"
-    each = "; ".join(f"{100 * asked:.2f} % asked, {reached(value, low, asked, n)}" for asked in target["asked"])
-    return f"{what}. {each}{target.get('source', '')}."
-
-
-def on_new_pictures(part: Record, head: str) -> tuple[tuple[float, float], int]:
-    """95 % interval of the accuracy over seeds on pictures like these, and how many there were."""
-    tables = [part.predictions(run) for run in part.runs]
-    tests = [(frame[frame["split"] == "test"].sort_values("id"), classes) for frame, classes in tables]
-    right = [
-        np.array(classes)[logits(test, head, classes).argmax(axis=1)] == test["label"].to_numpy()
-        for test, classes in tests
-    ]
-    group, n = pd.factorize(tests[0][0]["group"])[0], len(right[0])
-    found = st.recipe_on_new_pictures(np.stack(right).astype(float), group, 1 / n)
-    return (max(0.0, found.low), min(1.0, found.high)), n
-
-
-def reached(value: float, low: float, asked: float, n: int) -> str:
-    """Whether a mean accuracy with the lower end of its interval reaches what was asked, on n pictures (0: unknown)."""
-    if value < asked:
-        return f"{100 * (asked - value):.2f} points short"
-    if low >= asked:
-        return "reached"
-    within = n and value - asked < 1 / n
-    return f"reached by the mean{' (by less than one picture)' if within else ''}, not by the whole interval"
+def _hours(run: Mapping[str, Any]) -> float:
+    return run["training"]["train_runtime"] * run["hardware"]["torch_threads"] / 3600
 
 
 # -- tables -----------------------------------------------------------------------------------------------------
 
-
-def _points(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['difference']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]"
-
-
-def _expected(row: Mapping[str, Any]) -> str:
-    """Points that the protocol predicts: one number, or a range with or without an upper end."""
-    if "expected" not in row:
-        return ""
-    ends = row["expected"] if isinstance(row["expected"], list) else [row["expected"]]
-    low, *high = (f"{end:+d}" if end else "0" for end in ends if end is not None)
-    if len(ends) == 1:
-        return low
-    return f"{low} to {high[0]}" if high else f"{low} or {'less' if ends[0] is None else 'more'}"
+COLUMNS = ["arm - reference", "asks", "verdict", "n", "expected", "recipe", "p", "p Holm", "detectable"]
 
 
 def _line(row: Mapping[str, Any], worth: float) -> list[str]:
     over = row["recipe"]
-    short = verdict(row, worth).partition(",")[0].partition(";")[0]
-    beside = [f"{_points(row[name])}, p {row[name]['p']:.2g}" if name in row else "" for name in ("weights", "same")]
     return [
         f"{row['arm']} - {row['reference']}",
         row["question"],
+        verdict(row, worth).partition(",")[0].partition(";")[0],
         f"{over['runs']} {over['over']}",
-        _expected(row),
-        _points(over),
+        expected(row),
+        points(over),
         f"{over['p']:.2g}",
         f"{row['p_holm']:.2g}" if "p_holm" in row else "",
         f"{100 * over['detectable']:.2f}",
-        short,
-        *beside,
     ]
 
 
-def _by_head(rows: Sequence[Mapping[str, Any]], records: Mapping[str, Record]) -> list[str]:
-    """The primary contrast by every head that both arms have: how far it hangs on the one chosen beforehand."""
-    lines = []
-    for row in rows:
-        if row["kind"] != "primary":
-            continue
-        pair = records[row["reference"]], records[row["arm"]]
-        common = [h for h in HEADS if all(_percent(part, h) is not None for part in pair)]
-        each = [f"{HEADS[head]} {_points(found)}, p {found['p']:.2g}" for head in common
-                for found in [contrast(*pair, head)["recipe"]]]  # fmt: skip
-        lines += [f"By head, {row['arm']} - {row['reference']}: {'; '.join(each)}.", ""]
-    return lines
+def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What there is to know of contrasts that have no sentence."""
+    silent = [row for row in rows if "note" in row and row["kind"] == "exploratory" and not row.get("told")]
+    return [line for row in silent for line in (f"{row['arm']} - {row['reference']}: {row['note']}", "")]
+
+
+def _beside(row: Mapping[str, Any]) -> list[str]:
+    cells = [f"{points(row[name])}, p {row[name]['p']:.2g}" if name in row else "" for name in ("weights", "same")]
+    return [f"{row['arm']} - {row['reference']}", *cells]
 
 
 def _grid(rows: Sequence[Mapping[str, Any]], records: Mapping[str, Record]) -> list[str]:
@@ -347,47 +221,78 @@ def _grid(rows: Sequence[Mapping[str, Any]], records: Mapping[str, Record]) -> l
     lines, held = [], 0
     for part in pictures:
         for teacher in teachers:
-            line = []
+            line, labels = [], "–"
             for kind in kinds:
                 if row := cells.get((part, teacher, kind)):
                     held += row["recipe"]["low"] <= row["expected"] / 100 <= row["recipe"]["high"]
-                    said = _points(row["recipe"])
-                    line.append(f"{_expected(row)} → {f'**{said}**' if row['p_holm'] <= st.LEVEL else said}")
+                    labels = f"{reported(records[row['reference']]):.1f} %"
+                    found = points(row["recipe"])
+                    line.append(f"{expected(row)} → {f'**{found}**' if row['p_holm'] <= st.LEVEL else found}")
                 else:
                     line.append("–")
-            found = (row["reference"] for key, row in cells.items() if key[:2] == (part, teacher))
-            labels = next((f"{_percent(records[name]):.1f} %" for name in found), "–")
             lines.append([f"{part}, {teacher}", labels, *line])
-    counted = f"{held} of {len(cells)} intervals hold what was expected; wide ones hold much."
     return [
         "## When does it help",
         "",
         *markdown(["pictures, teacher", "labels alone", *kinds], lines),
         "",
-        GRID + counted,
+        f"{GRID} {held} of {len(cells)} intervals hold what was expected; wide ones hold much.",
         "",
     ]
+
+
+def _pictures(part: Record) -> str:
+    """Which pictures a record was tested on."""
+    data = part.config["data"]
+    if "num_images" in data:
+        return "Drawn faces"
+    if data.get("split"):
+        return f"Split {Path(data['split']).stem}"
+    folds = sorted({run["fold"] for run in part.info["runs"].values()} - {None})
+    return f"Fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}" if folds else "A split of its own"
+
+
+def _arms(records: Mapping[str, Record], small: Mapping[str, float]) -> list[str]:
+    """One table for each set of test pictures."""
+    lines = []
+    columns = ["", "trained", "n", *HEADS.values(), *FLOOR.values(), "32×32", "teacher ≠ label", "CPU-hours"]
+    for pictures in dict.fromkeys(map(_pictures, records.values())):
+        part = {label: record for label, record in records.items() if _pictures(record) == pictures}
+        cells = [_arm(label, record, small) for label, record in part.items()]
+        lines += [f"### {pictures}", "", *markdown(columns, cells, left=2), ""]
+    return lines
 
 
 def _arm(label: str, part: Record, small: Mapping[str, float]) -> list[str]:
     claims, runs = {claim["claim"]: claim for claim in part.claims}, part.info["runs"].values()
     cells = [cell(claims.get(f"test/{head}/accuracy"), "accuracy") for head in (*HEADS, *FLOOR)]
-    reported = list(HEADS).index(part.info["reported_head"])
-    cells[reported] = f"**{cells[reported]}**"
-    pixels = [100 * small[run["fingerprint"]] for run in runs if run["fingerprint"] in small]
-    differs = claims.get("train/teacher_label_disagreement")
+    own = list(HEADS).index(part.info["reported_head"])
+    cells[own] = f"**{cells[own]}**"
+    pixels, differs = small_pixels(part, small), claims.get("train/teacher_label_disagreement")
     return [
         f"[{label}](../{part.path.name}/README.md)",
-        *cells,
-        f"{sum(pixels) / len(pixels):.1f}" if pixels else "–",
-        f"{100 * differs['value']:.2f} %" if differs else "–",
+        trained(part),
         f"{len(part.runs)} {part.info['over']}s" if part.info["over"] else "1 run",
+        *cells,
+        f"{pixels:.1f}" if pixels is not None else "–",
+        f"{100 * differs['value']:.2f} %" if differs else "–",
         f"{sum(map(_hours, runs)):.2f}",
     ]
 
 
-def _hours(run: Mapping[str, Any]) -> float:
-    return run["training"]["train_runtime"] * run["hardware"]["torch_threads"] / 3600
+def _glossary(spec: Mapping[str, Any], records: Mapping[str, Record]) -> list[str]:
+    names = [
+        name
+        for name in dict.fromkeys(label.removesuffix("-seeds") for label in records)
+        if name in spec.get("arms", {})
+    ]
+    if not names:
+        return []
+    rows = [[name, " ".join(f"`{option}`" for option in own_options(spec, name))] for name in names]
+    intro = (
+        "Options of `train.py` in which an arm differs from its base in `conf/study.yaml`; the last of a kind holds."
+    )
+    return ["## What the arms are", "", intro, "", *markdown(["arm", "options"], rows, left=2), ""]
 
 
 def _searches(searches: Mapping[str, Any]) -> list[str]:
