@@ -82,8 +82,8 @@ def verdict(row: Mapping[str, Any], worth: float) -> str:
             f"shown, so such gains are seen; one of {could} would have been in 80 % of cases, of less it says nothing"
         )
     if not shown:
-        alone = " by a test of this contrast alone, without Holm's correction" * corrected
-        return f"no difference shown; one of {could} would have been, in 80 % of cases{alone}"
+        test = "a test of this contrast alone" if corrected else "the test"
+        return f"no difference shown; {test} would have found one of {could} in 80 % of cases"
     if abs(over["difference"]) < worth:
         return "a difference too small to be claimed"
     whole = min(abs(over["low"]), abs(over["high"])) >= worth
@@ -127,10 +127,9 @@ def findings(
 def hypotheses(
     spec: Mapping[str, Any], rows: Sequence[dict[str, Any]], records: Mapping[str, Record], small: Mapping[str, float]
 ) -> Iterator[str]:
-    """What came of the protocol's other hypotheses, whatever it is."""
-    for row in rows:
-        if "hypothesis" in row:
-            yield f"{row['hypothesis']}. {said(spec, row, records, small)}"
+    """What came of the protocol's other hypotheses, in their order, whatever it is."""
+    for row in sorted((row for row in rows if "hypothesis" in row), key=lambda row: row["hypothesis"]):
+        yield f"{row['hypothesis']}. {said(spec, row, records, small)}"
     for pair in spec.get("described", []):
         if {pair["arm"], pair["reference"]} <= records.keys():
             yield f"{pair['hypothesis']}. {_described(pair, records[pair['arm']], records[pair['reference']])}"
