@@ -27,6 +27,7 @@ pd.DataFrame(rows, columns=columns).set_index("arm")
 # ## Forest plots
 
 # %%
+plt.rcParams["figure.dpi"] = 80
 colours = [f"C{number}" for number in range(10)]
 for metric in spec["forest"]:
     forest(arms, spec["split"], metric, "C0", "0.4", plt.figure(figsize=(7, 1 + 0.3 * len(arms)), layout="constrained"))
@@ -35,14 +36,14 @@ plt.show()
 # %% [markdown]
 # ## Curves by arm
 #
-# Mean over the runs of an arm, and their range: records of no study, then the groups of `conf/study.yaml`.
+# Mean over the runs of an arm, and their range: records of no study, then the groups of `conf/study.yaml`. Losses are
+# on the page of `facemask dashboard`.
 
 # %%
 for title, family in families(arms, study).items():
-    for quantity in spec["curves"]:
-        figure = plt.figure(figsize=(8, 2.6), layout="constrained")
-        curves(family, quantity, colours, figure)
-        figure.suptitle(f"arms {title}")
+    figure = plt.figure(figsize=(8, 2.6), layout="constrained")
+    curves(family, spec["curves"][0], colours, figure)
+    figure.suptitle(f"arms {title}")
 plt.show()
 
 # %% [markdown]
