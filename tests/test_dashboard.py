@@ -3,6 +3,7 @@
 import re
 import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -138,3 +139,11 @@ def test_the_command_writes_the_page(tmp_path):
     result = CliRunner().invoke(app, ["dashboard", "--experiments", str(EXPERIMENTS), "--out", str(out)])
     assert (result.exit_code, result.output) == (0, f"written {out}\n")
     assert "smoke" in out.read_text()
+
+
+def test_every_figure_of_curves_has_one_family_and_its_lines_differ():
+    arms = [SimpleNamespace(name=name) for name in ("own", "mini-a", "mini-b", "mini-c")]
+    found = dashboard.families(arms, {"name": "mini", "curves": {"first": ["b", "a"], "none": ["x"], "second": ["c"]}})
+    names = {title: [arm.name for arm in part] for title, part in found.items()}
+    assert names == {"of no study": ["own"], "first": ["mini-a", "mini-b"], "second": ["mini-c"]}
+    assert len({dashboard._look(place, ["C0", "C1"]) for place in range(6)}) == 6

@@ -7,6 +7,7 @@ from typing import Any
 
 from facemask.files import write_json, write_text
 from facemask.runs import statistics as st
+from facemask.runs.compare import FLIPS
 from facemask.runs.findings import (
     FLOOR,
     HEADS,
@@ -48,7 +49,7 @@ CONTRASTS = (
 )
 BESIDE = (
     "The same differences on other terms. These weights: on the out-of-fold predictions of all pictures, with a "
-    "sign-flip p over groups of near-duplicates (0.0002 is the least there is). Same pictures: over seeds, as if there "
+    f"sign-flip p over groups of near-duplicates ({2 / (FLIPS + 1):.1g} is the least there is). Same pictures: over seeds, as if there "
     "were no others."
 )
 GRID = (
