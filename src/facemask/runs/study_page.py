@@ -49,8 +49,8 @@ CONTRASTS = (
 )
 BESIDE = (
     "The same differences on other terms. These weights: on the out-of-fold predictions of all pictures, with a "
-    f"sign-flip p over groups of near-duplicates ({2 / (FLIPS + 1):.1g} is the least there is). Same pictures: over seeds, as if there "
-    "were no others."
+    f"sign-flip p over groups of near-duplicates ({2 / (FLIPS + 1):.1g} is the least there is). Same pictures: over "
+    "seeds, as if there were no others."
 )
 GRID = (
     "Gain of test accuracy over labels alone on the same pictures, in points: expected (PROTOCOL.md) → measured, over "
