@@ -43,7 +43,7 @@ plt.show()
 for title, family in families(arms, study).items():
     figure = plt.figure(figsize=(8, 2.6), layout="constrained")
     curves(family, spec["curves"][0], colours, figure)
-    figure.suptitle(f"arms {title}")
+    figure.suptitle(title)
 plt.show()
 
 # %% [markdown]
@@ -84,7 +84,7 @@ pd.DataFrame(
 # Other records that were tested on the same pictures: what `facemask compare` says.
 
 # %%
-alone = families(arms, study).get("of no study", [])
+alone = families(arms, study).get("arms of no study", [])
 for number, first in enumerate(alone):
     for other in alone[number + 1 :]:
         try:

@@ -87,7 +87,11 @@ def test_the_page_holds_every_figure(smoke, spec, study, tmp_path):
     # two forests, efficiency, three curves, parallel coordinates; the one parameter's importance is certain
     assert html.count("<svg ") == 2 + 1 + 3 + 2
     counts = smoke.confusion("test")
-    assert all(f">{count}</td>" in html for count in counts.flatten())
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", html.split("Counts over all runs")[1].split("</table>")[0])
+    numbers = [str(count) for count in counts.flatten()]
+    first, second = smoke.classes
+    assert cells[:10] == ["smoke", "mean", first, *numbers[:2], "", "", second, *numbers[2:]]
+    assert cells[10] == "twin"
     assert "http" not in re.sub(r"http://www.w3.org/\S*", "", html)
 
 
@@ -145,5 +149,5 @@ def test_every_figure_of_curves_has_one_family_and_its_lines_differ():
     arms = [SimpleNamespace(name=name) for name in ("own", "mini-a", "mini-b", "mini-c")]
     found = dashboard.families(arms, {"name": "mini", "curves": {"first": ["b", "a"], "none": ["x"], "second": ["c"]}})
     names = {title: [arm.name for arm in part] for title, part in found.items()}
-    assert names == {"of no study": ["own"], "first": ["mini-a", "mini-b"], "second": ["mini-c"]}
+    assert names == {"arms of no study": ["own"], "first": ["mini-a", "mini-b"], "second": ["mini-c"]}
     assert len({dashboard._look(place, ["C0", "C1"]) for place in range(6)}) == 6

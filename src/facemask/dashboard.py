@@ -15,7 +15,7 @@ from facemask.config import ROOT, read_config
 from facemask.errors import UserError
 from facemask.files import read_yaml
 from facemask.runs.folder import RunFolder, flat
-from facemask.runs.page import INK, MUTED, SERIES, Cell, Page, plot
+from facemask.runs.page import INK, MUTED, SERIES, Cell, Page, plot, shares
 from facemask.runs.predictions import read_predictions
 from facemask.runs.record import all_records, mean_interval
 from facemask.runs.report import number
@@ -113,6 +113,7 @@ def curves(arms: Sequence[Arm], quantity: str, colours: Sequence[str], figure: "
             axes.plot(table.index, table.mean(axis=1), line, color=colour, label=arm.name)
             axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="epoch", ylabel=quantity)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if axes.lines:
         figure.legend(loc="outside right center")
 
@@ -125,7 +126,7 @@ def _look(place: int, colours: Sequence[str]) -> tuple[str, str]:
 def families(arms: Sequence[Arm], study: Mapping[str, Any]) -> dict[str, list[Arm]]:
     """Arms that one figure can show: those of no study, then the `curves` of conf/study.yaml."""
     own = f"{study['name']}-"
-    found = {"of no study": [arm for arm in arms if not arm.name.startswith(own)]}
+    found = {"arms of no study": [arm for arm in arms if not arm.name.startswith(own)]}
     for title, names in study["curves"].items():
         found[title] = [arm for arm in arms if arm.name.startswith(own) and arm.name.removeprefix(own) in names]
     return {title: part for title, part in found.items() if part}
@@ -186,6 +187,19 @@ def ablation(arms: Sequence[Arm], spec: dict[str, Any]) -> tuple[list[str], list
     return ["arm", "head", *columns, *BESIDE.values(), "runs"], rows
 
 
+def matrices(arms: Sequence[Arm], split: str) -> tuple[list[str], list[list[Cell]], str, list[list[float | None]]]:
+    """Confusion matrices of arms with the same classes in one table: columns, a row per label, caption, shade."""
+    rows: list[list[Cell]] = []
+    shade: list[list[float | None]] = []
+    for arm in arms:
+        first: list[Cell] = [arm.name, arm.head]
+        for label, counts in zip(arm.classes, arm.confusion(split).tolist(), strict=True):
+            rows.append([*first, label, *counts])
+            shade.append([None, None, None, *shares(counts)])
+            first = ["", ""]
+    return ["arm", "head", "label ↓  decided →", *arms[0].classes], rows, "Counts over all runs of an arm.", shade
+
+
 def build_page(arms: Sequence[Arm], studies: Sequence["optuna.Study"], spec: dict[str, Any]) -> Page:
     """Ablation table, forest plots, data efficiency, curves by arm, confusion matrices and sweeps."""
     split, count = spec["split"], sum(len(arm.metrics) for arm in arms)
@@ -202,15 +216,16 @@ def build_page(arms: Sequence[Arm], studies: Sequence["optuna.Study"], spec: dic
     for title, family in families(arms, read_yaml(STUDY)).items():
         for quantity in spec["curves"]:
             draw = partial(curves, family, quantity, SERIES)
-            page.figure(plot(draw), f"{quantity}, arms {title}: mean and range of an arm's runs")
+            page.figure(plot(draw), f"{quantity}, {title}: mean and range of an arm's runs")
     page.heading("Confusion matrices")
-    for arm in arms:
-        page.confusion(arm.confusion(split).tolist(), arm.classes, f"{arm.name}: {arm.head}, all runs")
+    for classes in dict.fromkeys(tuple(arm.classes) for arm in arms):
+        columns, rows, caption, shade = matrices([arm for arm in arms if tuple(arm.classes) == classes], split)
+        page.table(columns, rows, caption, shade=shade)
     for study in studies:
         best, names = ranked(study), study.metric_names or ["value"]
         params = list(dict.fromkeys(key for trial in best for key in trial.params))
         page.heading(f"Sweep {study.study_name}")
-        rows: list[list[Cell]] = [[t.number, *t.values, *map(t.params.get, params)] for t in best[:10]]
+        rows = [[t.number, *t.values, *map(t.params.get, params)] for t in best[:10]]
         page.table(["trial", *names, *params], rows, f"The best of {len(study.trials)} trials, on validation")
         if importance := importance_of(study, 0):
             draw = partial(bars, importance, colour=SERIES[0], muted=MUTED)

@@ -153,6 +153,11 @@ def text_table(
     return table
 
 
+def shares(counts: Sequence[int]) -> list[float]:
+    """How strongly the cells of a row of counts are tinted: by their share of it."""
+    return [0.45 * n / max(1, sum(counts)) for n in counts]
+
+
 @dataclass
 class Page:
     """Sections in the order in which they are added; text is escaped, only :meth:`figure` takes markup."""
@@ -208,7 +213,7 @@ class Page:
     def confusion(self, counts: Sequence[Sequence[int]], classes: Sequence[str], caption: str) -> None:
         """A table of counts (C, C), rows labels and columns decisions, tinted by their share of the row."""
         rows: list[list[Cell]] = [[name, *row] for name, row in zip(classes, counts, strict=True)]
-        shade = [[None, *(0.45 * n / max(1, sum(row)) for n in row)] for row in counts]
+        shade = [[None, *shares(row)] for row in counts]
         self.table(["label ↓  decided →", *classes], rows, caption, shade=shade)
 
     def figure(self, svg: str, caption: str = "") -> None:
