@@ -45,15 +45,25 @@ def small(tmp_path: Path, *cells: str) -> Path:
 @pytest.mark.slow
 def test_what_makes_a_notebook_stale(tmp_path):
     script = small(
-        tmp_path, "\nprint(1 + 1)", 'tags=["varies"]\nprint(object())', "\nimport sys\nprint(3, file=sys.stderr)"
+        tmp_path,
+        "\nprint(1 + 1)",
+        'tags=["varies"]\nimport time\nprint("mean ", -time.time_ns() / 7, "s")',
+        "\nimport sys\nprint(3, file=sys.stderr)",
     )
     book = notebooks.run(script)
     assert [notebooks.texts(cell) for cell in book.cells][::2] == [["2\n"], []]
-    assert list(notebooks.stale(book, notebooks.run(script))) == []
+    again = notebooks.run(script)
+    assert notebooks.texts(again.cells[1]) != notebooks.texts(book.cells[1])
+    assert list(notebooks.stale(book, again)) == []
 
     old = copy.deepcopy(book)
     old.cells[0].outputs[0].text = "3\n"
     assert list(notebooks.stale(old, book)) == ["the cell 'print(1 + 1)' showed ['3\\n'] and shows ['2\\n']"]
+    old = copy.deepcopy(book)
+    old.cells[1].outputs[0].text = "median -1.2e-05 s\n"
+    assert [line.partition(" showed ")[2] for line in notebooks.stale(old, again)] == [
+        "['median # s '] and shows ['mean # s ']"
+    ]
     old.cells[0].source = "print(3)"
     assert list(notebooks.stale(old, book)) == ["its source is not that of the .py file"]
 
