@@ -73,7 +73,7 @@ pd.DataFrame(
         "kind": row["kind"],
         "difference": f"{100 * over['difference']:+.1f} [{100 * over['low']:+.1f}, {100 * over['high']:+.1f}]",
         "over": f"{over['runs']} {over['over']}",
-        "p": f"{over['p']:.2g}",
+        "p": f"{over['p']:.2g}" if row["kind"] != "post hoc" else "",
         "p Holm": f"{row['p_holm']:.2g}" if "p_holm" in row else "",
     }
     for row in contrasts

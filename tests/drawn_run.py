@@ -24,6 +24,7 @@ def drawn_run(place: Path, *options: str, data: Sequence[str] = DRAWN, splits: S
     given = [*data, "model.img_size=32", "model.depth=1", "distill=none", *options]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", [*given, f"cache_dir={place / 'cache'}", f"run_dir={run}", "evaluate.resamples=100"])
+        cfg.evaluate.splits = list(splits)
         config = as_plain(cfg)
     config["ledger"] = str(place / "ledger.jsonl")
     pictures = build_data(config["data"])
@@ -40,6 +41,6 @@ def drawn_run(place: Path, *options: str, data: Sequence[str] = DRAWN, splits: S
     frame, _ = predict_splits(classifier, None, pictures, splits, 64, torch.device("cpu"))
     predictions.write_predictions(run / "predictions.parquet", frame, pictures.classes)
     summary = {"name": "a run", "reported_head": classifier.reported_head, "weights_sha256": facts["weights_sha256"]}
-    write_json(run / "summary.json", {**summary, "distillation": {}, "test_opened": None})
+    write_json(run / "summary.json", {**summary, "distillation": {}, "test_opened": 0})
     write_json(run / "status.json", {"state": "finished"})
     return run

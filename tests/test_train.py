@@ -187,7 +187,7 @@ def test_a_split_that_is_not_listed_is_not_opened(cache, tmp_path):
     assert not ledger.exists()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["test_opened"] == 0
-    assert "test opened" not in (tmp_path / "run" / "report.html").read_text()
+    assert "Test opened" not in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_two_processes_write_one_run(cache, tmp_path):

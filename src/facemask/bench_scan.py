@@ -91,7 +91,7 @@ def _search(root: Path, known: pd.Series, *, thorough: bool) -> dict[str, Any]:
         for _ in range(2):
             start = time.perf_counter()
             embed = build_embedder() if thorough else None
-            table = scan(root, Path(folder, "m.csv"), cache_dir=Path(folder), thorough=thorough, embed=embed)
+            table = scan(root, Path(folder, "m.csv"), cache_dir=Path(folder), embed=embed)
             seconds.append(time.perf_counter() - start)
     figures = pairwise(table.set_index("path")["dup_group"], known)
     search = {"search": "thorough" if thorough else "quick", "files": len(table)}

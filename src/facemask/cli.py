@@ -299,7 +299,7 @@ def scan(
         from facemask.embedding import build_embedder
 
         embed = build_embedder()
-    table = scan_pictures(root, out, cache_dir=cache_dir, thorough=thorough, embed=embed, full=full)
+    table = scan_pictures(root, out, cache_dir=cache_dir, embed=embed, full=full)
     bad = table[table["problem"] != ""]
     _list([f"problem: {path!r}: {problem}" for path, problem in zip(bad["path"], bad["problem"], strict=True)])
     sizes = table["dup_group"].value_counts()

@@ -399,11 +399,11 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def composed(*overrides: str) -> DictConfig:
-    """The config that `python train.py OVERRIDES` has."""
+def composed(*overrides: str, name: str = "train", hydra: bool = False) -> DictConfig:
+    """The config that `python train.py OVERRIDES` has, or sweep.py; with Hydra's own part, where asked for."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", list(overrides))
+        return compose(name, list(overrides), return_hydra_config=hydra)
 
 
 def as_plain(cfg: Any) -> Any:

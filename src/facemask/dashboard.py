@@ -113,7 +113,7 @@ def curves(arms: Sequence[Arm], quantity: str, colours: Sequence[str], figure: "
             axes.plot(table.index, table.mean(axis=1), line, color=colour, label=arm.name)
             axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="epoch", ylabel=quantity)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params("x", integer=True)
     if axes.lines:
         figure.legend(loc="outside right center")
 

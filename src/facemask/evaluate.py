@@ -16,14 +16,13 @@ import hydra.utils
 import numpy as np
 import pandas as pd
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from facemask.audit import baselines
-from facemask.config import ROOT, as_plain, check, check_targets, read_config, user_sentence
+from facemask.config import as_plain, check, check_targets, composed, read_config, user_sentence
 from facemask.data import duplicates
 from facemask.data.datamodule import ImageData
 from facemask.data.store import MANIFEST_COLUMNS
@@ -43,7 +42,7 @@ from facemask.runs.report import terminal_table
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 if not console.is_terminal:
-    console.width = 110
+    console.width = 110  # a log file is not 80 columns wide
 
 OTHER = "other"  # the one split of pictures from elsewhere
 # Options that say how a run is evaluated; data= and data.* say on what.
@@ -353,8 +352,7 @@ def compose_evaluation(run: DictConfig, overrides: Sequence[str]) -> tuple[DictC
     if own and (some := sorted(key for key in given if key.startswith("data."))):
         raise UserError(f"{some[0]} is of other pictures: name their kind as well, such as data=folder data.root=DIR")
     try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("train", list(overrides))
+        cfg = composed(*overrides)
         if not own and "data.img_size" in given and cfg.data.img_size != run.data.img_size:
             raise UserError(
                 f"data.img_size={cfg.data.img_size}: the run's model sees pictures of {run.data.img_size} px"
@@ -406,7 +404,7 @@ def open_split(run_dir: Path, run: DictConfig, split: str, cache_dir: Path) -> I
     """
     if not (run_dir / "split.csv").is_file():
         raise UserError(f"{run_dir} is no folder of a finished run: it has no split.csv")
-    if split == "test" and read_json(run_dir / "summary.json").get("test_opened") is None:
+    if split == "test" and "test" not in run.evaluate.splits:
         raise UserError(f"{run_dir} was trained without opening its test split: leave it closed with --split val")
     data = own_pictures(run_dir, run, OmegaConf.create({"cache_dir": str(cache_dir)}), [split])
     if split == "test":

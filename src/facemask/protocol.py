@@ -14,18 +14,17 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from facemask.config import ROOT, as_plain, check, distills, user_sentence
+from facemask.config import ROOT, as_plain, check, composed, distills, user_sentence
 from facemask.errors import UserError
 from facemask.files import read_yaml, write_json
 from facemask.parent import followed
 from facemask.runs.folder import RunFolder
 from facemask.runs.record import read_record, record
-from facemask.runs.study_page import kept, own_options, write_page
+from facemask.runs.study_page import kept, own_base, own_options, write_page
 
 SPEC = ROOT / "conf" / "study.yaml"
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -46,18 +45,13 @@ class Entry:
 
 def read_study(spec: dict[str, Any], full: bool = False) -> list[Entry]:
     """All entries, most important first; `full`: with the options of the GPU edition, as another study."""
-
-    def base_of(arm: str) -> str:
-        about = spec["arms"][arm]
-        return base_of(about["like"]) if "like" in about else about["base"]
-
     found = []
     for part in spec["runs"]:
         folds, seeds = part.get("folds", [None]), part.get("seeds", [0])
         runs = {f"fold{f}_seed{s}" if f is not None else f"seed{s}": (f, s) for f in folds for s in seeds}
         suffix = "-seeds" if folds == [0] else ""
         for arm in part["arms"]:
-            base, own = base_of(arm), own_options(spec, arm)
+            base, own = own_base(spec, arm), own_options(spec, arm)
             larger = spec["full"].get(base, []) if full else []
             last = spec["full_arms"].get(arm, []) if full else []
             options = [*spec["bases"][base], *larger, *own, *last]
@@ -75,8 +69,7 @@ def _name(spec: dict[str, Any], full: bool) -> str:
 def config(options: Sequence[str]) -> DictConfig:
     """What options of train.py compose to, checked. Raises UserError where train.py would stop."""
     try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("train", list(options))
+        cfg = composed(*options)
         check(cfg)
     except HydraException as error:
         raise UserError(f"{' '.join(options)}: {user_sentence(error)}") from error

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from facemask.config import ROOT, as_plain, check_targets, user_sentence
+from facemask.config import ROOT, as_plain, check_targets, composed, user_sentence
 from facemask.data.images import SUFFIXES
 from facemask.data.splits import fingerprint
 from facemask.errors import UserError
@@ -297,15 +297,12 @@ def _compose(record: Record, overrides: Sequence[str]) -> "DictConfig":
     Raises:
         UserError: they do not compose, or to a config that names a target which is not allowed.
     """
-    from hydra import compose, initialize_config_dir
-
     known = r"[+~]{0,2}(?!(.*@)?hydra\b)[a-z]\w*[\w.@/]*(=|$)"
     if odd := [override for override in overrides if not re.match(known, override)]:
         raise UserError(f"{record.path}: {odd[0]!r} is no override of train.py, so it is not run")
     try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("train", list(overrides))
-            check_targets(as_plain(cfg), f"{record.path / 'record.json'} (overrides)")
+        cfg = composed(*overrides)
+        check_targets(as_plain(cfg), f"{record.path / 'record.json'} (overrides)")
     except UserError:
         raise
     except Exception as error:

@@ -5,14 +5,13 @@ from typing import Any
 
 import optuna
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from facemask.config import ROOT, check, user_sentence
+from facemask.config import check, composed, user_sentence
 from facemask.errors import UserError
 from facemask.runs.metrics import SCALARS
 
@@ -31,8 +30,7 @@ def read(arguments: Sequence[str]) -> DictConfig:
     if flags := [argument for argument in arguments if argument.startswith("-")]:
         raise UserError(f"{flags[0]}: sweep.py takes overrides only (sweep=NAME n_workers=2 optim.lr=...)")
     own = [a for a in arguments if a.lstrip("+~").startswith(("sweep=", "sweep.", "sweep/", "n_workers="))]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("sweep", own)
+    cfg = composed(*own, name="sweep")
     OmegaConf.set_struct(cfg, False)
     sweep = cfg.sweep
     for override in OverridesParser.create().parse_overrides([a for a in arguments if a not in own]):
@@ -156,7 +154,6 @@ class Space:
 
 
 def _compose(overrides: list[str]) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", overrides, return_hydra_config=True)
+    cfg = composed(*overrides, hydra=True)
     HydraConfig.instance().set_config(cfg)
     return cfg

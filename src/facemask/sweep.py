@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -202,8 +201,6 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         UserError: whatever the user can mend; nothing is lost.
     """
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     cfg = read(arguments)
     study = Study(cfg)
     workers = Workers(study, cfg.n_workers, cfg.sweep.hours)

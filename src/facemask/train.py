@@ -24,7 +24,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
-from rich.console import Console
 from torch.utils.data import DataLoader
 
 from facemask.audit import baselines
@@ -33,9 +32,10 @@ from facemask.data import cache as pixel_cache
 from facemask.data import datamodule, images, transforms
 from facemask.data.datamodule import ImageData
 from facemask.data.manifest import label_conflicts
+from facemask.data.splits import count
 from facemask.devices import Prefetched, activation_bytes, choose, set_threads, use_tf32
 from facemask.errors import UserError
-from facemask.evaluate import predict_splits
+from facemask.evaluate import console, predict_splits
 from facemask.files import write_json, write_text
 from facemask.modeling import saved_logits
 from facemask.modeling import teacher as teachers
@@ -55,9 +55,6 @@ from facemask.runs.storage import PRUNED
 from facemask.trial import Report
 
 log = logging.getLogger(__name__)
-console = Console(highlight=False, markup=False, soft_wrap=True)
-if not console.is_terminal:
-    console.width = 110  # a log file is not 80 columns wide
 
 
 def train(cfg: DictConfig) -> dict[str, Any] | None:
@@ -389,12 +386,7 @@ def _loggers(cfg: DictConfig, config: dict[str, Any], data: ImageData, folder: R
 
 
 def _data_facts(data: ImageData) -> dict[str, Any]:
-    table = data.table
-    counts = {
-        split: {label: int(((table["split"] == split) & (table["label"] == label)).sum()) for label in data.classes}
-        for split in ("train", "val", "test")
-    }
-    facts = {"fingerprint": data.fingerprint, "classes": data.classes, "counts": counts}
+    facts = {"fingerprint": data.fingerprint, "classes": data.classes, "counts": count(data.table).to_dict()}
     return {**facts, "left_out": data.left_out, "not_in_split_file": data.unnamed}
 
 

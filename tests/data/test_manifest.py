@@ -302,9 +302,9 @@ def test_an_interrupted_scan_goes_on(tmp_path: Path) -> None:
         return data[path]
 
     with pytest.raises(KeyboardInterrupt):
-        collect(listing, lambda path: stop_at(path, "a/290.png"), tmp_path / "x.sqlite", progress=False)
+        collect(listing, lambda path: stop_at(path, "a/290.png"), tmp_path / "x.sqlite")
     read.clear()
-    assert len(collect(listing, lambda path: stop_at(path, ""), tmp_path / "x.sqlite", progress=False)) == 300
+    assert len(collect(listing, lambda path: stop_at(path, ""), tmp_path / "x.sqlite")) == 300
     assert min(read) == "a/256.png"
 
 
@@ -381,7 +381,7 @@ def test_a_quick_scan_does_not_replace_a_thorough_one(faces: Path, tmp_path: Pat
     cache = tmp_path / "cache"
     quick = scan(faces, tmp_path / "quick.csv", cache_dir=cache).set_index("path")["dup_group"]
     assert quick["a/2.jpg"] != quick["b/2 turned.png"]
-    thorough = scan(faces, cache_dir=cache, thorough=True, embed=embed)
+    thorough = scan(faces, cache_dir=cache, embed=embed)
     assert thorough.set_index("path")["dup_group"].loc[["a/2.jpg", "b/2 turned.png"]].nunique() == 1
     assert near_conflicts(thorough)["path"].tolist() == sorted(
         ["a/1.jpg", "b/copy of 1.jpg", "a/2.jpg", "b/2 turned.png"],
@@ -391,7 +391,7 @@ def test_a_quick_scan_does_not_replace_a_thorough_one(faces: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"manifest\.csv was written with --thorough; repeat --thorough"):
         scan(faces, cache_dir=cache)
     assert (faces / "manifest.csv").read_bytes() == before
-    scan(faces, cache_dir=cache, thorough=True, embed=embed)
+    scan(faces, cache_dir=cache, embed=embed)
     assert (faces / "manifest.csv").read_bytes() == before
     # Training takes the groups of the thorough manifest.
     assert load_manifest(faces, cache_dir=cache)["dup_group"].tolist() == thorough["dup_group"].tolist()

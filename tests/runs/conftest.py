@@ -106,9 +106,9 @@ def make_run(tmp_path, photographs):
         }
         write_json(folder / "summary.json", summary)
         curves = {"epoch": [0, 1], "train/teacher_label_disagreement": [0.1, 0.1 * (seed + 1)]}
-        pd.DataFrame({**curves, "train/student_teacher_agreement": [0.75, 0.85]}).to_csv(
-            folder / "curves.csv", index=False
-        )
+        pd.DataFrame({**curves, "train/student_teacher_agreement": [0.75, 0.85]}).assign(
+            **{"val/nll": [0.4, 0.5] if seed == 1 else [0.5, 0.4]}
+        ).to_csv(folder / "curves.csv", index=False)
         (folder / "report.html").write_text("has pictures")
         run.set_status("finished")
         run.release()

@@ -1,12 +1,15 @@
 import json
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 from facemask.data.splits import fingerprint
 from facemask.errors import UserError
+from facemask.runs import statistics as st
 from facemask.runs.compare import compare
-from facemask.runs.findings import contrast, on_new_pictures, reached, verdict
+from facemask.runs.findings import contrast, on_new_pictures, outcome, reached, verdict
 from facemask.runs.predictions import read_predictions, write_predictions
 from facemask.runs.record import Record, read_record, record
 from facemask.runs.study_page import write_page
@@ -33,11 +36,30 @@ from facemask.runs.study_page import write_page
 def test_verdicts(kind, difference, half, p, said):
     ends = {"low": difference - half, "high": difference + half}
     row = {"kind": kind, "recipe": {"difference": difference, **ends, "p": p, "detectable": 0.07}}
+    row["detectable_holm"] = 0.3
     assert verdict(row, 0.01).startswith(said)
     assert verdict({**row, "p_holm": 0.3}, 0.01).startswith("NOT shown" if kind == "control" else "no difference shown")
-    assert ("a test of this contrast alone" in verdict({**row, "p_holm": p}, 0.01)) == said.startswith("no")
+    alone = "a test of this contrast alone would have found one of 7.0 points, Holm's first step one of 30.0, in 80 %"
+    assert (alone in verdict({**row, "p_holm": p}, 0.01)) == said.startswith("no")
+    assert verdict({**row, "kind": "post hoc"}, 0.01) == "not tested, since both records were known when it was added"
     whole = said.endswith("by its whole interval")
     assert verdict({**row, "p_holm": p}, 0.01).endswith("which is not corrected") == whole
+
+
+@pytest.mark.parametrize(
+    ("expected", "low", "high", "said"),
+    [
+        ([0, 3], 0.01, 0.08, "undecided"),
+        ([0, 3], 0.01, 0.03, "which holds"),
+        ([0, 3], 0.04, 0.08, "which does not hold"),
+        ([0, None], 0.01, 0.08, "which holds"),
+        ([None, 0], 0.01, 0.08, "which does not hold"),
+        (1, -0.05, 0.08, "undecided"),
+        (1, 0.02, 0.08, "which does not hold"),
+    ],
+)
+def test_what_came_of_an_expectation(expected, low, high, said):
+    assert outcome({"expected": expected, "recipe": {"low": low, "high": high}}) == said
 
 
 def test_reached():
@@ -64,15 +86,25 @@ def test_a_contrast_that_is_not_made_counts_in_holms_family_and_other_pictures_a
         "hypothesis": "H6",
         "question": "other pictures",
     }
-    spec = {"contrasts": [pair, {**pair, "arm": "never"}, {**pair, "arm": "neither"}], "worth": 0.01,
+    later = {"arm": "hard", "reference": "labels", "question": "later", "told": True}
+    spec = {"post_hoc": [later], "factorial": {"R": {"none": "labels", "taught": "hard", "more": "never"}},
+            "arms": {"labels": {"base": "b"}, "hard": {"like": "labels", "options": ["y=2"]}}, "bases": {"b": ["x=1"]},
+            "contrasts": [pair, {**pair, "arm": "never"}, {**pair, "arm": "neither"}], "worth": 0.01,
             "targets": [{"arm": "hard", "asked": [0.01], "predicted": [0, 0.02], "what": "noise"}],
             "described": [described, {**described, "arm": "never"}], "same_weights": ["hard", "labels"]}  # fmt: skip
     planned = ["mini-hard", "mini-labels", "mini-never"]
     page = write_page(spec, "mini", planned, tmp_path, lambda names: "").read_text()
-    (row,) = json.loads((tmp_path / "mini" / "contrasts.json").read_text())
+    row, after = json.loads((tmp_path / "mini" / "contrasts.json").read_text())
     own = {line["on"]: line for line in compare([reference.path, arm.path])["recipe"]}
     assert row["recipe"]["p"] == own["new pictures"]["p"] < 0.3
     assert row["p_holm"] == 3 * row["recipe"]["p"]
+    assert row["detectable_holm"] == st.detectable_recipe(row["recipe"]["error"], 3, 0.05 / 3)
+    areas = [[part.metrics(run)["test"]["head"]["auroc"]["value"] for run in part.runs] for part in (arm, reference)]
+    assert row["auroc"]["difference"] == pytest.approx(np.mean(areas[0]) - np.mean(areas[1]))
+    assert row["auroc"]["difference"] > 0
+    assert after.keys() == {*row, "told"} - {"p_holm", "detectable_holm", "grid", "expected"}
+    differences = " ".join(f"{100 * d:+.1f}" for d in row["recipe"]["differences"])
+    assert page.count(f" | {differences} |\n") == 2
     assert row["same"]["difference"] == own["same pictures"]["difference"] > 0
     assert "- Exploratory: 1 of 3 contrasts are made, 0 shown" in page
     shared = "their 3 runs trained for 3.0 CPU-hours"  # of the same command and weights: the same runs in both
@@ -80,8 +112,20 @@ def test_a_contrast_that_is_not_made_counts_in_holms_family_and_other_pictures_a
     assert "Left out so far: never." in page
     assert "Predicted: below 2.00 %; that was wrong. 1.00 % asked, reached." in page
     assert "| hard - labels | 10 %, ImageNet, hard | no difference shown | 3 seeds | +2 |" in page
+    assert re.search(r"\| hard - labels \| later \| post hoc \| 3 seeds \|  \| [^|]+ \|  \|  \|  \|\n", page)
+    assert re.search(r"- Post hoc. Later: hard - labels is .* over 3 seeds: not tested, since both records were", page)
+    assert "in the first half of training: hard seed1 (1 of 2), labels seed1 (1 of 2).\n" in page
+    assert "Holm's first step (p < 0.02) would have found differences of " in page
+    assert "| hard | b | `y=2` |\n| labels | b |  |\n" in page
+    assert "| base | options |\n| --- | --- |\n| b | `x=1` |\n" in page
     levels = [next(c["value"] for c in part.claims if c["claim"] == "test/head/accuracy") for part in (reference, arm)]
     points = 100 * (levels[1] - levels[0])
+    assert f"- In short. R: none {100 * levels[0]:.1f} %, taught {100 * levels[1]:.1f} % (" in page
+    blind = [
+        np.mean([p.metrics(r)["test"]["no_pixels"]["accuracy"]["value"] for r in p.runs]) for p in (reference, arm)
+    ]
+    above = sum(level > floor for level, floor in zip(levels, blind, strict=True))
+    assert f"- {above or 'None'} of these 2 arms " in page
     ends = [100 * row["recipe"][key] for key in ("low", "high")]
     cell = f"+2 → {points:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]"
     assert "| pictures, teacher | labels alone | hard |\n" in page

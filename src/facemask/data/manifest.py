@@ -45,10 +45,8 @@ def scan(
     *,
     cache_dir: Path = CACHE_DIR,
     max_pixels: int = MAX_PIXELS,
-    thorough: bool = False,
     embed: Embed | None = None,
     full: bool = False,
-    progress: bool = True,
 ) -> pd.DataFrame:
     """Write the manifest of a folder, as CSV or Parquet by the ending of `out`, and return it; see `collect`.
 
@@ -65,7 +63,7 @@ def scan(
     if not os.access(file.parent, os.W_OK):
         raise UserError(f"{file.parent} cannot be written; give a file elsewhere with --out")
     old = _read_manifest(file) if file.exists() else None
-    if old is not None and "search" in old and (old["search"] == "thorough").any() and not thorough:
+    if old is not None and "search" in old and (old["search"] == "thorough").any() and not embed:
         raise UserError(f"{file} was written with --thorough; repeat --thorough, or give another file with --out")
     store = store_of(root, cache_dir, max_pixels)
     table = collect(
@@ -73,12 +71,10 @@ def scan(
         lambda path: (root / path).read_bytes(),
         store,
         max_pixels=max_pixels,
-        thorough=thorough,
         embed=embed,
         full=full,
-        progress=progress,
     )
-    written = table.assign(search="thorough" if thorough else "quick")
+    written = table.assign(search="thorough" if embed else "quick")
     if old is not None:
         further = [column for column in old if column not in written]
         written = written.merge(old[["path", *further]], on="path", how="left").fillna(dict.fromkeys(further, ""))

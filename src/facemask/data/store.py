@@ -7,17 +7,18 @@ import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 from filelock import FileLock
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, track
 
 from facemask.data.duplicates import SIDE, components, find_pairs, thumbnail
 from facemask.data.geometry import candidates, group
@@ -30,6 +31,7 @@ _KEPT = ["sha256", "pixels_sha256", "width", "height", "format", "phash", "probl
 MANIFEST_COLUMNS = ["path", "label", "bytes", "mtime_ns", *_KEPT[:-1], "dup_group", "problem"]
 # uint8 pictures (H, W, 3) -> float32 (N, D)
 Embed = Callable[[list[np.ndarray]], np.ndarray]
+T = TypeVar("T")
 
 # Long values come last: SQLite reads a row only as far as it must.
 _SCHEMA = """CREATE TABLE pictures (
@@ -43,10 +45,8 @@ def collect(
     store: Path,
     *,
     max_pixels: int = MAX_PIXELS,
-    thorough: bool = False,
     embed: Embed | None = None,
     full: bool = False,
-    progress: bool = True,
 ) -> pd.DataFrame:
     """Table with `MANIFEST_COLUMNS` of any source of pictures, in the listing's order.
 
@@ -55,9 +55,8 @@ def collect(
         read: path -> the encoded picture.
         store: SQLite file with what is known already; made where there is none.
         max_pixels: pictures above this, by their header, are a problem.
-        thorough, embed: search with stage 2 as well, by the embeddings of `embed`.
+        embed: search with stage 2 as well, by these embeddings.
         full: read every picture again.
-        progress: show how far it is.
 
     sha256 is of the file; pixels_sha256 of the decoded upright RGB pixels, so that metadata and lossless formats make
     no difference; phash is the 64-bit DCT hash of imagehash, in hex. dup_group is the least sha256 of the pictures
@@ -67,11 +66,11 @@ def collect(
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{store}.lock"), closing(_open_store(store)) as database:
-            _read_pictures(database, listing, read, max_pixels, full, progress)
-            column = "thorough" if thorough else "dup_group"
+            _read_pictures(database, listing, read, max_pixels, full)
+            column = "thorough" if embed else "dup_group"
             known = _facts(database, column)
             if known[column].isna().any():
-                _write_groups(database, column, _groups(database, known, read, max_pixels, embed, thorough, progress))
+                _write_groups(database, column, _groups(database, known, read, max_pixels, embed))
                 known = _facts(database, column)
     except (OSError, sqlite3.OperationalError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -125,7 +124,6 @@ def _read_pictures(
     read: Callable[[str], bytes],
     max_pixels: int,
     full: bool,
-    progress: bool,
 ) -> None:
     """Bring the store up to date with the listing, and forget all groups if anything had changed."""
     known = {row[0]: row[1:] for row in database.execute("SELECT path, bytes, mtime_ns, sha256 FROM pictures")}
@@ -142,16 +140,12 @@ def _read_pictures(
         return *row, *_describe(row[0], read, max_pixels)
 
     saved = time.monotonic()
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not progress or len(stale) < 100)
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-            task = bar.add_task("reading pictures", total=len(stale))
-            step = 128  # bounds what waits in memory, and what an interruption loses
-            for start in range(0, len(stale), step):
-                found = list(pool.map(describe, stale[start : start + step]))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for part in _batches(stale, 128, "reading pictures"):
+                found = list(pool.map(describe, part))
                 changed = changed or any(known.get(row[0], ("", "", ""))[2] != row[3] or not row[3] for row in found)
                 database.executemany(command, found)
-                bar.update(task, advance=len(found))
                 if time.monotonic() - saved > 2:
                     database.commit()
                     saved = time.monotonic()
@@ -159,6 +153,13 @@ def _read_pictures(
         if changed:
             database.execute("UPDATE pictures SET dup_group = NULL, thorough = NULL")
         database.commit()
+
+
+def _batches(items: Sequence[T], size: int, what: str) -> Iterator[Sequence[T]]:
+    """Parts of a sequence, which bound what waits in memory and what an interruption loses; a bar where it is long."""
+    starts = range(0, len(items), size)
+    bar = track(starts, what, console=Console(stderr=True), transient=True, disable=len(items) < 100)
+    return (items[start : start + size] for start in bar)
 
 
 def _describe(path: str, read: Callable[[str], bytes], max_pixels: int) -> tuple:
@@ -185,8 +186,6 @@ def _groups(
     read: Callable[[str], bytes],
     max_pixels: int,
     embed: Embed | None,
-    thorough: bool,
-    progress: bool,
 ) -> pd.Series:
     """dup_group of every row."""
     alone = known["sha256"].where(known["sha256"] != "", "unread:" + known["path"])
@@ -198,14 +197,13 @@ def _groups(
     for path, thumb in database.execute("SELECT path, thumb FROM pictures WHERE thumb IS NOT NULL"):
         if path in row_of:
             thumbs[row_of[path]] = np.frombuffer(thumb, dtype=np.uint8).reshape(SIDE, SIDE)
-    with Progress(console=Console(stderr=True), transient=True, disable=not progress or len(pictures) < 100) as bar:
+    with Progress(console=Console(stderr=True), transient=True, disable=len(pictures) < 100) as bar:
         task = bar.add_task("comparing pictures", total=1.0)
         pairs = find_pairs(thumbs, progress=lambda share: bar.update(task, completed=share))
         number_of = components(len(pictures), pairs)
-        if thorough:
-            assert embed is not None, "stage 2 needs embeddings"
+        if embed:
             bar.update(task, description="comparing keypoints", completed=0.0)
-            likely = candidates(_embeddings(database, pictures["path"].tolist(), read, max_pixels, embed, progress))
+            likely = candidates(_embeddings(database, pictures["path"].tolist(), read, max_pixels, embed))
             number_of = group(
                 number_of,
                 likely,
@@ -224,24 +222,17 @@ def _embeddings(
     read: Callable[[str], bytes],
     max_pixels: int,
     embed: Embed,
-    progress: bool,
 ) -> np.ndarray:
     """float32 (N, D) of pictures, each the sum of plain and mirrored; those made before are kept."""
     done = {path for (path,) in database.execute("SELECT path FROM pictures WHERE embedding IS NOT NULL")}
     missing = [path for path in paths if path not in done]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = Progress(console=Console(stderr=True), transient=True, disable=not progress or len(missing) < 100)
-        with bar:
-            task = bar.add_task("embedding pictures", total=len(missing))
-            step = 64
-            for start in range(0, len(missing), step):
-                part = missing[start : start + step]
-                pictures = list(pool.map(lambda path: decode(read(path), max_pixels), part))
-                both = embed(pictures) + embed([np.ascontiguousarray(rgb[:, ::-1]) for rgb in pictures])
-                rows = [(vector.tobytes(), path) for vector, path in zip(both.astype(np.float32), part, strict=True)]
-                database.executemany("UPDATE pictures SET embedding = ? WHERE path = ?", rows)
-                database.commit()
-                bar.update(task, advance=len(part))
+        for part in _batches(missing, 64, "embedding pictures"):
+            pictures = list(pool.map(lambda path: decode(read(path), max_pixels), part))
+            both = embed(pictures) + embed([np.ascontiguousarray(rgb[:, ::-1]) for rgb in pictures])
+            rows = [(vector.tobytes(), path) for vector, path in zip(both.astype(np.float32), part, strict=True)]
+            database.executemany("UPDATE pictures SET embedding = ? WHERE path = ?", rows)
+            database.commit()
     kept = dict(database.execute("SELECT path, embedding FROM pictures WHERE embedding IS NOT NULL"))
     return np.stack([np.frombuffer(kept[path], dtype=np.float32) for path in paths])
 

@@ -16,6 +16,7 @@ from facemask.runs.folder import flat
 from facemask.runs.predictions import logits, write_predictions
 from facemask.runs.record import Record
 
+POST_HOC = "post hoc"
 HEADS = {"head": "class head", "head_dist": "distillation head", "mean": "mean head"}
 FLOOR = {"teacher": "teacher", "majority": "majority", "no_pixels": "no pixels"}
 
@@ -25,7 +26,8 @@ FLOOR = {"teacher": "teacher", "majority": "majority", "no_pixels": "no pixels"}
 
 def contrast(reference: Record, arm: Record, head: str | None = None) -> dict[str, Any]:
     """What `compare` says of two records: `recipe`, over folds, or over seeds on new pictures; beside it
-    `weights`, these weights on the out-of-fold predictions of all pictures, or `same`, over seeds on the same ones.
+    `weights`, these weights on the out-of-fold predictions of all pictures, or `same`, over seeds on the same ones;
+    and `auroc`, the recipes' difference without a threshold, on the same pictures.
 
     Raises:
         UserError: the records are of different pictures.
@@ -38,7 +40,7 @@ def contrast(reference: Record, arm: Record, head: str | None = None) -> dict[st
     if over["same pictures"]["over"] == "seeds":
         if "new pictures" not in over:
             raise other
-        return {"recipe": over["new pictures"], "same": over["same pictures"]}
+        return {"recipe": over["new pictures"], "same": over["same pictures"], "auroc": ranks(reference, arm, heads)}
     with tempfile.TemporaryDirectory() as scratch:
         files = [Path(scratch) / f"{number}.parquet" for number in (0, 1)]
         for part, file in zip((reference, arm), files, strict=True):
@@ -47,7 +49,16 @@ def contrast(reference: Record, arm: Record, head: str | None = None) -> dict[st
     if any(weights.pop("lost").values()):
         raise other
     del weights["p_holm"], weights["disagree"]  # which pictures: in the records
-    return {"recipe": over["same pictures"], "weights": weights}
+    return {"recipe": over["same pictures"], "weights": weights, "auroc": ranks(reference, arm, heads)}
+
+
+def ranks(reference: Record, arm: Record, heads: Sequence[str]) -> dict[str, Any]:
+    """The difference of areas under the ROC curve over the runs that both have: what no threshold moves."""
+    both = [run for run in arm.runs if run in reference.runs]
+    pair = zip((reference, arm), heads, strict=True)
+    areas = [[measured(part, run, "auroc", head) for run in both] for part, head in pair]
+    folds = len({arm.info["runs"][run]["fold"] for run in both})
+    return vars(st.recipe(np.subtract(areas[1], areas[0]), folds=folds))
 
 
 def out_of_fold(part: Record) -> tuple[pd.DataFrame, list[str]]:
@@ -58,20 +69,24 @@ def out_of_fold(part: Record) -> tuple[pd.DataFrame, list[str]]:
 
 
 def made(pairs: Sequence[Mapping[str, Any]], records: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """The contrasts whose records there are, with what `contrast` says and Holm's p for the exploratory ones; one that
-    is not made counts in their family as p = 1."""
+    """The contrasts whose records there are, with what `contrast` says; for the exploratory ones Holm's p (one that is
+    not made counts in their family as p = 1), and what Holm's first step would have found in 80 % of cases."""
     there = [pair for pair in pairs if pair["arm"] in records and pair["reference"] in records]
     rows = [{**pair, **contrast(records[pair["reference"]], records[pair["arm"]])} for pair in there]
     family = [row for row in rows if row["kind"] == "exploratory"]
     known = [row["recipe"]["p"] for row in family]
     size = sum(pair["kind"] == "exploratory" for pair in pairs)
     for row, p in zip(family, st.holm([*known, *[1.0] * (size - len(known))]), strict=False):
+        over = row["recipe"]
         row["p_holm"] = p
+        row["detectable_holm"] = st.detectable_recipe(over["error"], over["runs"], st.LEVEL / size)
     return rows
 
 
 def verdict(row: Mapping[str, Any], worth: float) -> str:
     """By the protocol: shown at 5 % (an exploratory contrast by Holm's p), and claimed from the size `worth` on."""
+    if row["kind"] == POST_HOC:
+        return "not tested, since both records were known when it was added"
     over, corrected = row["recipe"], "p_holm" in row
     could = f"{100 * over['detectable']:.1f} points"
     shown = row.get("p_holm", over["p"]) <= st.LEVEL
@@ -82,6 +97,8 @@ def verdict(row: Mapping[str, Any], worth: float) -> str:
             f"shown, so such gains are seen; one of {could} would have been in 80 % of cases, of less it says nothing"
         )
     if not shown:
+        if corrected:
+            could += f", Holm's first step one of {100 * row['detectable_holm']:.1f},"
         test = "a test of this contrast alone" if corrected else "the test"
         return f"no difference shown; {test} would have found one of {could} in 80 % of cases"
     if abs(over["difference"]) < worth:
@@ -105,8 +122,9 @@ def findings(
         records: by their names in the study.
         small: accuracy of a forest on 32 x 32 pixels, by the fingerprint of the pictures.
     """
+    yield from answer(spec.get("factorial", {}), records, small)
     for row in rows:
-        if row["kind"] != "exploratory" or row.get("told"):
+        if row["kind"] in ("primary", "control") or row.get("told"):
             yield f"{row['kind'].capitalize()}. {said(spec, row, records, small)}"
     names = spec["same_weights"]
     if all(name in records for name in names):
@@ -122,6 +140,28 @@ def findings(
     for target in spec.get("targets", []):
         if target["arm"] in records:
             yield _target(target, records[target["arm"]], small)
+
+
+def answer(
+    factorial: Mapping[str, Mapping[str, str]], records: Mapping[str, Record], small: Mapping[str, float]
+) -> Iterator[str]:
+    """How good the arms of the factorial are, by recipe, and whether any is better than what sees no content."""
+    there = {recipe: {w: records[a] for w, a in arms.items() if a in records} for recipe, arms in factorial.items()}
+    parts = [part for arms in there.values() for part in arms.values()]
+    if not parts:
+        return
+    levels = "; ".join(
+        f"{recipe}: {', '.join(f'{what} {reported(part):.1f} %' for what, part in arms.items())}"
+        for recipe, arms in there.items()
+    )
+    beside = max(parts, key=lambda part: percent(part, "teacher") is not None)
+    yield f"In short. {levels} ({floor(beside, small)})."
+    above = [part for part in parts if reported(part) > (percent(part, "no_pixels") or 0.0)]
+    yield (
+        f"{len(above) or 'None'} of these {len(parts)} arms {'is' if len(above) < 2 else 'are'} above a forest that "
+        "sees no pixels, only size and format of the file: so differences between them say how fast a small network "
+        "learns from few pictures, not how good it can get."
+    )
 
 
 def hypotheses(
@@ -144,7 +184,7 @@ def said(
     what += f"{points(over)} points over {over['runs']} {over['over']}"
     if over["over"] == "folds":
         what += f" at seed {', '.join(sorted({str(run['seed']) for run in arm.info['runs'].values()}))}"
-    what += f", expected {text}" if (text := expected(row)) else ""
+    what += f", expected {text} ({outcome(row)})" if (text := expected(row)) else ""
     what += f", Holm's p {row['p_holm']:.2g}" if "p_holm" in row else ""
     sentences = [f"{what}: {verdict(row, spec['worth'])}."]
     if row["kind"] == "primary":
@@ -166,7 +206,7 @@ def _beyond(row: Mapping[str, Any], records: Mapping[str, Record]) -> Iterator[s
         yield f"By head: {'; '.join(by_head)}."
     pair = [records.get(f"{row[key]}-seeds") for key in ("arm", "reference")]
     if all(pair):
-        labels, taught = ([_accuracy(part, run) for run in part.runs] for part in pair if part)
+        labels, taught = ([measured(part, run, "accuracy") for run in part.runs] for part in pair if part)
         spread = 100 * float(np.std(np.subtract(labels, taught), ddof=1))
         yield (
             f"Over {len(labels)} seeds of one fold the difference varied by {spread:.1f} points (standard "
@@ -174,8 +214,9 @@ def _beyond(row: Mapping[str, Any], records: Mapping[str, Record]) -> Iterator[s
         )
 
 
-def _accuracy(part: Record, run: str) -> float:
-    return float(part.metrics(run)["test"][part.info["reported_head"]]["accuracy"]["value"])
+def measured(part: Record, run: str, metric: str, head: str | None = None) -> float:
+    """A metric of one run on its test pictures, by the reported head or another."""
+    return float(part.metrics(run)["test"][head or part.info["reported_head"]][metric]["value"])
 
 
 def _described(pair: Mapping[str, Any], arm: Record, reference: Record) -> str:
@@ -212,7 +253,8 @@ def _target(target: Mapping[str, Any], part: Record, small: Mapping[str, float])
             came = "that was wrong"
         what += f". Predicted: {foretold}; {came}"
     each = "; ".join(f"{100 * asked:.2f} % asked, {reached(value, low, asked, n)}" for asked in target["asked"])
-    return f"{what}. {each}{target.get('source', '')}."
+    note = f" {target['note']}" if "note" in target else ""
+    return f"{what}. {each}{target.get('source', '')}.{note}"
 
 
 def on_new_pictures(part: Record, head: str) -> tuple[tuple[float, float], int]:
@@ -254,6 +296,16 @@ def expected(row: Mapping[str, Any]) -> str:
     if len(ends) == 1:
         return low
     return f"{low} to {high[0]}" if high else f"{low} or {'less' if ends[0] is None else 'more'}"
+
+
+def outcome(row: Mapping[str, Any]) -> str:
+    """Whether the interval of a contrast is within what was expected of it, outside of it, or holds both."""
+    ends = row["expected"] if isinstance(row["expected"], list) else [row["expected"]] * 2
+    least, most = (sign * math.inf if end is None else end / 100 for end, sign in zip(ends, (-1, 1), strict=True))
+    low, high = row["recipe"]["low"], row["recipe"]["high"]
+    if least <= low and high <= most:
+        return "which holds"
+    return "which does not hold" if high < least or low > most else "undecided"
 
 
 def percent(part: Record, head: str | None = None) -> float | None:

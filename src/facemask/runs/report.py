@@ -33,7 +33,6 @@ TITLES = {
     "teacher_label_disagreement": "teacher's decision differs from the label",
     "teacher_entropy": "entropy of the teacher (nats)",
     "student_teacher_agreement": "student decides as the teacher does",
-    "degenerate": "degenerate",
 }
 SHOWN = {"accuracy": "accuracy, %", "balanced_accuracy": "balanced, %", "auroc": "AUROC", "nll": "NLL", "ece": "ECE"}
 DEGENERATE = 0.005
@@ -76,7 +75,7 @@ def terminal_table(metrics: Metrics, summary: Mapping[str, Any]) -> "Table":
     last, heads, chosen = splits[-1], _heads(metrics), summary["reported_head"]
     sizes = ", ".join(f"{split} {next(iter(metrics[split].values()))['n']:,}" for split in splits)
     caption = f"accuracy and balanced accuracy in %, 95 % intervals; pictures: {sizes}"
-    if summary["test_opened"] is not None:
+    if "test" in metrics and summary["test_opened"]:
         caption += f"\ntest opened {_times(summary['test_opened'])}"
     rows, strong = [], [i for i, head in enumerate(heads) if head == chosen and len(heads) > 1]
     for i, head in enumerate(heads):
@@ -152,7 +151,7 @@ def results(page: Page, metrics: Metrics, summary: Mapping[str, Any], chosen: st
         "group is one picture. They tell how far another sample of such pictures would move a figure, not how "
         "far another training seed would. A figure without one: all resamples agree."
     )
-    if summary["test_opened"] is not None:
+    if "test" in metrics and summary["test_opened"]:
         page.text(f"Test opened {_times(summary['test_opened'])} for this data, this run included.")
 
 

@@ -5,16 +5,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from facemask.files import write_json, write_text
 from facemask.runs import statistics as st
 from facemask.runs.compare import FLIPS
 from facemask.runs.findings import (
     FLOOR,
     HEADS,
+    POST_HOC,
     expected,
     findings,
     hypotheses,
     made,
+    measured,
     points,
     reported,
     small_pixels,
@@ -34,23 +38,28 @@ ABOUT = (
 ARMS = (
     "Accuracy on test in %. In brackets 95 % intervals: over folds (t, not corrected for the training pictures that "
     "folds share, so too narrow), over seeds (t, on these pictures), of one run over pictures. Bold: the reported "
-    "head. Teacher ≠ label: how often the teacher's decision is not the class with the larger share of the label, on "
-    "the views that the arm was trained on; DeiT's recipe mixes two pictures in every view, so this is no error rate "
-    "of the teacher, which is its own column. Arms of different tables are not comparable. CPU-hours: wall time × "
-    "threads, on machines that did other work, too; a run that two records share counts in both; an arm that is "
-    "trained later takes the teacher's answers on views that an earlier one asked about, and costs less."
+    "head. AUROC: of the reported head, mean over runs; no threshold moves it. Teacher ≠ label: how often the "
+    "teacher's decision is not the class with the larger share of the label, on the views that the arm was trained on: "
+    "DeiT's recipe mixes two pictures in every view and crops, colours and erases them, and the teacher's head was "
+    "fitted on whole clean ones, so that it errs there much more than on test (column teacher). Arms of different "
+    "tables are not comparable. CPU-hours: wall time × threads, on machines that did other work, too; a run that two "
+    "records share counts in both; an arm that is trained later takes the teacher's answers on views that an earlier "
+    "one asked about, and costs less."
 )
 CONTRASTS = (
     "Differences of test accuracy in points with 95 % intervals, not corrected. Recipe: over folds (Nadeau and "
     "Bengio's corrected t, n_test/n_train as 1/(K - 1); all folds have one seed, so the spread over seeds is not in "
     "it) or over seeds on new pictures; p, detectable and the verdict are of this column. Expected: in PROTOCOL.md. "
-    "Detectable: found in 80 % of cases by one test at 5 %, without Holm's correction, from the spread that was seen."
-    " Holm: over all exploratory contrasts of the list; one that is not made yet counts as p = 1."
+    "Detectable: found in 80 % of cases by one test at 5 %, from the spread that was seen; behind it what Holm's first "
+    "step finds. Holm: over all exploratory contrasts of the list; one that is not made yet counts as p = 1. Post hoc: "
+    "added when both records were known, for what readers ask, so not tested."
 )
 BESIDE = (
     "The same differences on other terms. These weights: on the out-of-fold predictions of all pictures, with a "
     f"sign-flip p over groups of near-duplicates ({2 / (FLIPS + 1):.1g} is the least there is). Same pictures: over "
-    "seeds, as if there were no others."
+    "seeds, as if there were no others. AUROC: difference of areas under the ROC curve in hundredths, over folds or "
+    "over seeds on the same pictures; where accuracies differ and these do not, a threshold is off, and no knowledge "
+    "is missing. Each run: the differences of accuracy of which the recipe's is the mean."
 )
 GRID = (
     "Gain of test accuracy over labels alone on the same pictures, in points: expected (PROTOCOL.md) → measured, over "
@@ -69,6 +78,11 @@ def own_options(spec: Mapping[str, Any], arm: str) -> list[str]:
     """The options in which an arm differs from its base."""
     about = spec["arms"][arm]
     return [*(own_options(spec, about["like"]) if "like" in about else []), *about.get("options", [])]
+
+
+def own_base(spec: Mapping[str, Any], arm: str) -> str:
+    about = spec["arms"][arm]
+    return about["base"] if "base" in about else own_base(spec, about["like"])
 
 
 def write_page(
@@ -91,7 +105,8 @@ def write_page(
     folder = experiments / name
     folder.mkdir(parents=True, exist_ok=True)
     small, searches = kept(folder, "pixels32"), kept(folder, "searches")
-    asked = [{"question": ", ".join(pair.get("grid", [])), **pair} for pair in spec["contrasts"]]
+    later = [{"kind": POST_HOC, **pair} for pair in spec.get("post_hoc", [])]
+    asked = [{"question": ", ".join(pair.get("grid", [])), **pair} for pair in [*spec["contrasts"], *later]]
     rows = made(asked, records)
     left = ", ".join(record.removeprefix(f"{name}-") for record in planned if record not in there)
     lines = [
@@ -119,7 +134,7 @@ def write_page(
         CONTRASTS,
         "",
         *_notes(rows),
-        *markdown(["arm - reference", "these weights", "same pictures"], [_beside(row) for row in rows], left=3),
+        *markdown(BESIDE_COLUMNS, [_beside(row) for row in rows], left=3),
         "",
         BESIDE,
         "",
@@ -128,6 +143,7 @@ def write_page(
         *_arms(records, small),
         ARMS,
         "",
+        *_early(records),
         *_glossary(spec, records),
         *_searches(searches),
     ]
@@ -152,7 +168,14 @@ def _family(asked: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]
         f"{row['arm']} - {row['reference']} {points(row['recipe'])}" for row in family if row["p_holm"] <= st.LEVEL
     ]
     of = "shown by Holm's p, which counts those that are not made yet as p = 1"
-    return f"{len(family)} of {size} contrasts are made, {len(names)} {of}{': ' * bool(names)}{', '.join(names)}"
+    found = f"{len(family)} of {size} contrasts are made, {len(names)} {of}{': ' * bool(names)}{', '.join(names)}"
+    if not family:
+        return found
+    could = [100 * row["detectable_holm"] for row in family]
+    return (
+        f"{found}. Holm's first step (p < {st.LEVEL / size:.1g}) would have found differences of {min(could):.0f} to "
+        f"{max(could):.0f} points in 80 % of cases: smaller ones this family can hardly show"
+    )
 
 
 def _degenerate(records: Mapping[str, Record]) -> str:
@@ -184,21 +207,22 @@ def _hours(run: Mapping[str, Any]) -> float:
 
 # -- tables -----------------------------------------------------------------------------------------------------
 
-COLUMNS = ["arm - reference", "asks", "verdict", "n", "expected", "recipe", "p", "p Holm", "detectable"]
+COLUMNS = ["arm - reference", "asks", "verdict", "n", "expected", "recipe", "p", "p Holm", "detectable, by Holm"]
+BESIDE_COLUMNS = ["arm - reference", "these weights", "same pictures", "AUROC", "each run"]
 
 
 def _line(row: Mapping[str, Any], worth: float) -> list[str]:
-    over = row["recipe"]
+    over, holm = row["recipe"], "p_holm" in row
+    could = f"{100 * over['detectable']:.1f}" + (f", {100 * row['detectable_holm']:.1f}" if holm else "")
+    tested = [f"{over['p']:.2g}", f"{row['p_holm']:.2g}" if holm else "", could]
     return [
         f"{row['arm']} - {row['reference']}",
         row["question"],
-        verdict(row, worth).partition(",")[0].partition(";")[0],
+        row["kind"] if row["kind"] == POST_HOC else verdict(row, worth).partition(",")[0].partition(";")[0],
         f"{over['runs']} {over['over']}",
         expected(row),
         points(over),
-        f"{over['p']:.2g}",
-        f"{row['p_holm']:.2g}" if "p_holm" in row else "",
-        f"{100 * over['detectable']:.2f}",
+        *(["", "", ""] if row["kind"] == POST_HOC else tested),
     ]
 
 
@@ -210,7 +234,8 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _beside(row: Mapping[str, Any]) -> list[str]:
     cells = [f"{points(row[name])}, p {row[name]['p']:.2g}" if name in row else "" for name in ("weights", "same")]
-    return [f"{row['arm']} - {row['reference']}", *cells]
+    each = " ".join(f"{100 * difference:+.1f}" for difference in row["recipe"]["differences"])
+    return [f"{row['arm']} - {row['reference']}", *cells, points(row["auroc"]), each]
 
 
 def _grid(rows: Sequence[Mapping[str, Any]], records: Mapping[str, Record]) -> list[str]:
@@ -256,7 +281,7 @@ def _pictures(part: Record) -> str:
 def _arms(records: Mapping[str, Record], small: Mapping[str, float]) -> list[str]:
     """One table for each set of test pictures."""
     lines = []
-    columns = ["", "trained", "n", *HEADS.values(), *FLOOR.values(), "32×32", "teacher ≠ label", "CPU-hours"]
+    columns = ["", "trained", "n", *HEADS.values(), "AUROC", *FLOOR.values(), "32×32", "teacher ≠ label", "CPU-hours"]
     for pictures in dict.fromkeys(map(_pictures, records.values())):
         part = {label: record for label, record in records.items() if _pictures(record) == pictures}
         cells = [_arm(label, record, small) for label, record in part.items()]
@@ -269,6 +294,7 @@ def _arm(label: str, part: Record, small: Mapping[str, float]) -> list[str]:
     cells = [cell(claims.get(f"test/{head}/accuracy"), "accuracy") for head in (*HEADS, *FLOOR)]
     own = list(HEADS).index(part.info["reported_head"])
     cells[own] = f"**{cells[own]}**"
+    cells.insert(len(HEADS), f"{np.mean([measured(part, run, 'auroc') for run in part.runs]):.3f}")
     pixels, differs = small_pixels(part, small), claims.get("train/teacher_label_disagreement")
     return [
         f"[{label}](../{part.path.name}/README.md)",
@@ -281,6 +307,18 @@ def _arm(label: str, part: Record, small: Mapping[str, float]) -> list[str]:
     ]
 
 
+def _early(records: Mapping[str, Record]) -> list[str]:
+    """Runs whose least validation NLL, so their checkpoint, came in the first half of training."""
+    found = []
+    for label, part in records.items():
+        for run in part.runs:
+            curve = part.curves(run).dropna(subset="val/nll")
+            best, last = curve["epoch"].iloc[curve["val/nll"].argmin()] + 1, curve["epoch"].max() + 1
+            found += [f"{label} {run} ({best:.0f} of {last:.0f})"] if 2 * best <= last else []
+    sentence = "Runs whose least validation NLL, so their checkpoint, is of an epoch in the first half of training: "
+    return [f"{sentence}{', '.join(found) or 'none'}.", ""]
+
+
 def _glossary(spec: Mapping[str, Any], records: Mapping[str, Record]) -> list[str]:
     names = [
         name
@@ -289,11 +327,15 @@ def _glossary(spec: Mapping[str, Any], records: Mapping[str, Record]) -> list[st
     ]
     if not names:
         return []
-    rows = [[name, " ".join(f"`{option}`" for option in own_options(spec, name))] for name in names]
-    intro = (
-        "Options of `train.py` in which an arm differs from its base in `conf/study.yaml`; the last of a kind holds."
-    )
-    return ["## What the arms are", "", intro, "", *markdown(["arm", "options"], rows, left=2), ""]
+    rows = [[name, own_base(spec, name), _code(own_options(spec, name))] for name in names]
+    bases = [[base, _code(spec["bases"][base])] for base in dict.fromkeys(row[1] for row in rows)]
+    intro = "Options of `train.py`: those of a base, then the arm's own; the last of a kind holds."
+    tables = [*markdown(["arm", "base", "options"], rows, left=3), "", *markdown(["base", "options"], bases, left=2)]
+    return ["## What the arms are", "", intro, "", *tables, ""]
+
+
+def _code(options: Sequence[str]) -> str:
+    return " ".join(f"`{option}`" for option in options)
 
 
 def _searches(searches: Mapping[str, Any]) -> list[str]:
