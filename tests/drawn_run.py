@@ -18,13 +18,12 @@ DRAWN = ("data=synthetic", "data.num_images=160")
 
 
 def drawn_run(place: Path, *options: str, data: Sequence[str] = DRAWN, splits: Sequence[str] = ("val",)) -> Path:
-    """Run folder of an untrained model of 32 px, by default on 160 drawn faces, whose test split stayed closed; its
+    """Run folder of an untrained model of 32 px, by default on 160 drawn faces, whose test split was not opened; its
     caches are in `place/cache`, and it keeps predictions of some splits."""
     run = place / "run"
     given = [*data, "model.img_size=32", "model.depth=1", "distill=none", *options]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", [*given, f"cache_dir={place / 'cache'}", f"run_dir={run}", "evaluate.resamples=100"])
-        cfg.evaluate.splits = list(splits)
         config = as_plain(cfg)
     config["ledger"] = str(place / "ledger.jsonl")
     pictures = build_data(config["data"])

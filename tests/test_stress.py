@@ -36,7 +36,7 @@ from facemask.stress import (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return drawn_run(tmp_path_factory.mktemp("stress"), "model=deit_distilled")
+    return drawn_run(tmp_path_factory.mktemp("stress"), "model=deit_distilled", "evaluate.splits=[val]")
 
 
 @pytest.fixture(scope="module")

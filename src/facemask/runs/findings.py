@@ -155,7 +155,8 @@ def answer(
         for recipe, arms in there.items()
     )
     beside = max(parts, key=lambda part: percent(part, "teacher") is not None)
-    yield f"In short. {levels} ({floor(beside, small)})."
+    over = f"{len(beside.runs)} {beside.info['over']}s"
+    yield f"In short, accuracy over {over}, {trained(beside)}. {levels} ({floor(beside, small)})."
     above = [part for part in parts if reported(part) > (percent(part, "no_pixels") or 0.0)]
     yield (
         f"{len(above) or 'None'} of these {len(parts)} arms {'is' if len(above) < 2 else 'are'} above a forest that "
