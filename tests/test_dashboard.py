@@ -74,7 +74,9 @@ def test_groups_arms_that_differ_in_the_fraction_and_their_epochs_alone():
     tenth = arm("tenth", **{**facts, "seed": 1}, data={"fraction": 0.1}, trainer={"max_epochs": 80})
     folds = arm("folds", over="fold", **facts, data={"fraction": 1.0})
     other = arm("other", **{**facts, "model": {"name": "deit"}}, data={"fraction": 0.1})
-    [group] = dashboard.by_fraction([whole, folds, other, tenth])
+    tenth.config["augment"] = {"later": 0.0}  # an option that there was not when the other was made
+    parts = arm("parts", **facts, data={"fraction": 0.1}, callbacks={"ema": {"_target_": "EMA"}})
+    [group] = dashboard.by_fraction([whole, folds, parts, other, tenth])
     assert [(fraction, found.name) for fraction, found in group] == [(0.1, "tenth"), (1.0, "whole")]
 
 

@@ -134,16 +134,27 @@ def families(arms: Sequence[Arm], study: Mapping[str, Any]) -> dict[str, list[Ar
 
 def by_fraction(arms: Sequence[Arm]) -> list[list[tuple[float, Arm]]]:
     """Arms that differ in data.fraction alone, seeds and epochs aside, where there are two or more: [(fraction, arm)],
-    rising. Records over folds and over seeds are not put together."""
-    found: dict[str, list[tuple[float, Arm]]] = {}
+    rising. Records over folds and over seeds are not put together; an option that came after one was made is passed
+    over."""
+    groups: list[tuple[dict[str, Any], list[tuple[float, Arm]]]] = []
     for arm in arms:
-        facts, run_dir = flat(arm.config), arm.config.get("run_dir", "$RUN_DIR")
-        fraction = facts.get("data.fraction", 1.0)
+        options, run_dir = flat(arm.config), arm.config.get("run_dir", "$RUN_DIR")
+        fraction = options.get("data.fraction", 1.0)
         names = ("fraction", "seed", "name", "experiment_name", "group", "max_epochs", "epochs")
-        same = {k: v for k, v in facts.items() if k.split(".")[-1] not in names or k == "model.name"}
-        key = json.dumps([arm.over, {k: v for k, v in same.items() if run_dir not in str(v)}], sort_keys=True)
-        found.setdefault(key, []).append((fraction, arm))
-    return [sorted(group, key=lambda pair: pair[0]) for group in found.values() if len(group) > 1]
+        same = {k: v for k, v in options.items() if k.split(".")[-1] not in names or k == "model.name"}
+        same = {"over": arm.over} | {k: v for k, v in same.items() if run_dir not in str(v)}
+        group = next((members for facts, members in groups if _alike(facts, same)), None)
+        if group is None:
+            groups.append((same, [(fraction, arm)]))
+        else:
+            group.append((fraction, arm))
+    return [sorted(members, key=lambda pair: pair[0]) for _, members in groups if len(members) > 1]
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two configs are made of the same parts, and equal in all options that both have."""
+    parts = [{key for key in config if key.endswith("_target_")} for config in (one, other)]
+    return parts[0] == parts[1] and all(one[key] == other[key] for key in one.keys() & other.keys())
 
 
 def data_efficiency(
@@ -161,6 +172,9 @@ def data_efficiency(
             if e["low"] is not None:
                 axes.plot([fraction, fraction], [e["low"], e["high"]], color=colour)
     axes.set(xscale="log", xlabel="fraction of the training pictures", ylabel=f"{split} {metric}")
+    axes.set_xticks(sorted({fraction for group in groups for fraction, _ in group}), minor=False)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     figure.legend(loc="outside right center")
 
 
