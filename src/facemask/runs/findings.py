@@ -157,11 +157,11 @@ def answer(
     beside = max(parts, key=lambda part: percent(part, "teacher") is not None)
     over = f"{len(beside.runs)} {beside.info['over']}s"
     yield f"In short, accuracy over {over}, {trained(beside)}. {levels} ({floor(beside, small)})."
-    above = [part for part in parts if reported(part) > (percent(part, "no_pixels") or 0.0)]
+    above = sum(reported(part) > blind for part in parts if (blind := percent(part, "no_pixels")) is not None)
+    limit = ": differences between them say how fast a small network learns from few pictures, not how good it can get"
     yield (
-        f"{len(above) or 'None'} of these {len(parts)} arms {'is' if len(above) < 2 else 'are'} above a forest that "
-        "sees no pixels, only size and format of the file: so differences between them say how fast a small network "
-        "learns from few pictures, not how good it can get."
+        f"{above or 'None'} of these {len(parts)} arms {'is' if above < 2 else 'are'} above a forest that sees no "
+        f"pixels, only size and format of the file{'' if above else limit}."
     )
 
 

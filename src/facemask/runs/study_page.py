@@ -58,8 +58,8 @@ BESIDE = (
     "The same differences on other terms. These weights: on the out-of-fold predictions of all pictures, with a "
     f"sign-flip p over groups of near-duplicates ({2 / (FLIPS + 1):.1g} is the least there is). Same pictures: over "
     "seeds, as if there were no others. AUROC: difference of areas under the ROC curve in hundredths, over folds or "
-    "over seeds on the same pictures; where accuracies differ and these do not, a threshold is off, and no knowledge "
-    "is missing. Each run: the differences of accuracy of which the recipe's is the mean."
+    "over seeds on the same pictures; where accuracies differ and these hardly do, a threshold may be off, rather "
+    "than knowledge missing. Each run: the differences of accuracy of which the recipe's is the mean."
 )
 GRID = (
     "Gain of test accuracy over labels alone on the same pictures, in points: expected (PROTOCOL.md) → measured, over "
@@ -173,7 +173,7 @@ def _family(asked: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]
         return found
     could = [100 * row["detectable_holm"] for row in family]
     return (
-        f"{found}. Holm's first step (p < {st.LEVEL / size:.1g}) would have found differences of {min(could):.0f} to "
+        f"{found}. Holm's first step (p < {st.LEVEL / size:.2g}) would have found differences of {min(could):.0f} to "
         f"{max(could):.0f} points in 80 % of cases: smaller ones this family can hardly show"
     )
 
@@ -228,7 +228,8 @@ def _line(row: Mapping[str, Any], worth: float) -> list[str]:
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What there is to know of contrasts that have no sentence."""
-    silent = [row for row in rows if "note" in row and row["kind"] == "exploratory" and not row.get("told")]
+    silent = [row for row in rows if "note" in row and row["kind"] == "exploratory"]
+    silent = [row for row in silent if not row.get("told") and "hypothesis" not in row]
     return [line for row in silent for line in (f"{row['arm']} - {row['reference']}: {row['note']}", "")]
 
 
